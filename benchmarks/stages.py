@@ -1,0 +1,169 @@
+"""Time of each stage of a whole text-to-video call, for the mini model and for full-size CogVideoX shapes.
+
+`python -m benchmarks.stages --models mini 2b 5b --out benchmarks/results/stages_<device>.json`
+
+Full-size models have random weights, made on the device: the time of a dense product does not depend on what its
+weights have learnt, and none of this project's code looks at them. Each stage is timed on its second call,
+synchronised; the first call's extra time is reported as compilation. Full-size runs may sample fewer steps than the
+50 they are scaled to; the table says so.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sixbit_jax import Pipeline
+from sixbit_jax.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
+from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
+from sixbit_jax.models.split import Split
+from sixbit_jax.models.t5 import T5EncoderModel
+from sixbit_jax.models.vae import AutoencoderKLCogVideoX
+from sixbit_jax.pipeline import decode_latents, encode_text
+from sixbit_jax.sampling import sampler, schedulers
+
+FULL_SIZE = {"2b": TransformerConfig.cogvideox_2b, "5b": TransformerConfig.cogvideox_5b}
+COGVIDEOX_SCHEDULER = SchedulerConfig(
+    prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stages:
+    """One model's row.
+
+    Attributes:
+        frames, height, width: the video.
+        steps: denoising steps that were run.
+        text_encoder_s, sampling_s, vae_s: seconds of each stage, second call; sampling scaled to 50 steps.
+        step_ms: one guided step.
+        compilation_s: what the first call of the three stages took longer.
+        peak_gib: highest device memory in use; None where the platform does not say.
+    """
+
+    model: str
+    frames: int
+    height: int
+    width: int
+    steps: int
+    text_encoder_s: float
+    step_ms: float
+    sampling_s: float
+    vae_s: float
+    compilation_s: float
+    peak_gib: float | None
+
+
+def random_model(module, config) -> Split:
+    """A model with random bfloat16 weights, made on the device one parameter at a time."""
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: module(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    )
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    arrays = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return Split(params=jax.tree.unflatten(structure, arrays), graph=graph)
+
+
+def timed(run) -> tuple[float, float]:
+    """(seconds of the second call, seconds the first took longer)."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return seconds[1], max(0.0, seconds[0] - seconds[1])
+
+
+def measure(name: str, steps: int) -> Stages:
+    if name == "mini":
+        pipe = Pipeline.from_pretrained("mini")
+        steps = 50
+    else:
+        pipe = Pipeline(
+            transformer=random_model(CogVideoXTransformer3DModel, FULL_SIZE[name]()),
+            vae=random_model(AutoencoderKLCogVideoX, VAEConfig()),
+            text_encoder=random_model(T5EncoderModel, T5Config()),
+            scheduler=COGVIDEOX_SCHEDULER,
+        )
+    config, vae_config = pipe.transformer.merge().config, pipe.vae.merge().config
+    space = vae_config.spatial_compression_ratio
+    latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    shape = (1, latent_frames, config.in_channels, config.sample_height, config.sample_width)
+    latents = jax.random.normal(jax.random.key(0), shape)
+    ids = jnp.ones((2, config.max_text_seq_length), jnp.int32)
+    text = encode_text(pipe.text_encoder, ids)
+    schedule = schedulers.make_schedule(pipe.scheduler, steps)
+    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, steps, use_dynamic_cfg=False)
+    conditioning = sampler.Conditioning(
+        prompt_embeds=text[:1], negative_prompt_embeds=text[1:], keys=jax.random.split(jax.random.key(1), 1)
+    )
+    jax.clear_caches()
+    encode_s, encode_compile = timed(lambda: encode_text(pipe.text_encoder, ids))
+    pipe = dataclasses.replace(pipe, text_encoder=None)
+    sample_s, sample_compile = timed(lambda: sampler.sample(pipe.transformer, schedule, scale, latents, conditioning))
+    vae_s, vae_compile = timed(lambda: decode_latents(pipe.vae, latents))
+    memory = jax.devices()[0].memory_stats() or {}
+    peak = memory.get("peak_bytes_in_use")
+    return Stages(
+        model=name,
+        frames=config.sample_frames,
+        height=config.sample_height * space,
+        width=config.sample_width * space,
+        steps=steps,
+        text_encoder_s=round(encode_s, 4),
+        step_ms=round(sample_s / steps * 1000, 2),
+        sampling_s=round(sample_s / steps * 50, 3),
+        vae_s=round(vae_s, 4),
+        compilation_s=round(encode_compile + sample_compile + vae_compile, 2),
+        peak_gib=None if peak is None else round(peak / 2**30, 2),
+    )
+
+
+def table(rows: list[Stages]) -> str:
+    """A markdown table, one row a model."""
+    head = "| model | video | text encoder | step | 50 steps | VAE decode | compilation | peak memory |"
+    lines = [head, "|" + "---|" * 8]
+    for r in rows:
+        steps = f"{r.sampling_s:.2f} s" + ("" if r.steps == 50 else f" (from {r.steps})")
+        memory = "" if r.peak_gib is None else f"{r.peak_gib:.1f} GiB"
+        video = f"{r.frames} x {r.height} x {r.width}"
+        lines.append(
+            f"| {r.model} | {video} | {r.text_encoder_s * 1000:.0f} ms | {r.step_ms:.1f} ms | {steps} "
+            f"| {r.vae_s:.2f} s | {r.compilation_s:.0f} s | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> list[Stages]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["mini", *FULL_SIZE], default=["mini"])
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps of the full-size models")
+    parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
+    arguments = parser.parse_args(argv)
+    rows = [measure(name, arguments.steps) for name in arguments.models]
+    text = table(rows)
+    print(text)
+    if arguments.out is not None:
+        device = jax.devices()[0]
+        record = {
+            "device": {"kind": device.device_kind, "platform": device.platform},
+            "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax")},
+            "command": "python -m benchmarks.stages " + " ".join(sys.argv[1:] if argv is None else argv),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.out.with_suffix(".md").write_text(text + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Our checkpoint on disk: `sixbit.json`, and per model a few orbax items of one or more parameters each.
+
+```
+sixbit.json             format, versions, source, configurations, and of each parameter the shape, dtype and item
+transformer/000/        orbax items; a parameter is never split, small ones share an item of up to 64 MiB,
+transformer/001/        so that writing and reading hold one item at a time
+vae/000/ ...
+tokenizer/              the published files
+```
+"""
+
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+import sixbit_jax
+from convert.engine import Target
+from convert.errors import CheckpointError
+from convert.readers import read_json
+
+MANIFEST = "sixbit.json"
+FORMAT = "sixbit checkpoint"
+VERSION = 1
+ITEM_BYTES = 64 << 20
+LIBRARIES = ("jax", "flax", "orbax-checkpoint", "safetensors", "numpy")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `path` looks like a checkpoint of ours."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """`sixbit.json` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: if it is absent, unreadable, or of a version that this program does not know.
+    """
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        found = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
+        raise CheckpointError(f"{path / MANIFEST}: {found}; this program reads {FORMAT!r}, version {VERSION}")
+    return manifest
+
+
+def write_manifest(path: Path, **content: Any) -> None:
+    """Writes `sixbit.json` with the format, the versions of the libraries at work, and `content`."""
+    versions = {"sixbit_jax": sixbit_jax.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    manifest = {"format": FORMAT, "version": VERSION, "written_by": versions, **content}
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True))
+
+
+def _on_host(array: np.ndarray) -> jax.Array | np.ndarray:
+    """The same memory as a JAX array where JAX has a CPU: orbax copies NumPy arrays before it writes them."""
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:
+        return array
+    return jax.device_put(array, cpu)
+
+
+def items_of(targets: Iterable[Target]) -> list[list[Target]]:
+    """Parameters in runs of at most `ITEM_BYTES`; a larger parameter is alone."""
+    items: list[list[Target]] = []
+    room = 0
+    for target in targets:
+        if not items or target.nbytes > room:
+            items.append([])
+            room = ITEM_BYTES
+        items[-1].append(target)
+        room -= target.nbytes
+    return items
+
+
+def write_model(
+    folder: Path,
+    targets: Sequence[Target],
+    build: Callable[[Target], np.ndarray],
+    done: Callable[[Target], None] = lambda target: None,
+) -> dict[str, Any]:
+    """Writes the parameters of one model, holding one item at a time.
+
+    Args:
+        folder: to be made.
+        targets: the parameters.
+        build: makes one of them.
+        done: is called after each that was written.
+
+    Returns:
+        The model's entry for the manifest: arrays, number of parameters, bytes.
+    """
+    folder.mkdir()
+    arrays = {}
+    # In a thread of its own, which the end of the block waits for: an interrupt must not leave orbax writing.
+    with _checkpointer() as checkpointer, concurrent.futures.ThreadPoolExecutor(1) as writer:
+        for number, item in enumerate(items_of(targets)):
+            name = f"{number:03d}"
+            tree = {target.path: _on_host(build(target)) for target in item}
+            writer.submit(checkpointer.save, (folder / name).absolute(), args=ocp.args.PyTreeSave(tree)).result()
+            del tree
+            for target in item:
+                arrays[target.path] = {"shape": list(target.shape), "dtype": target.dtype.name, "item": name}
+                done(target)
+    return {
+        "parameters": sum(target.size for target in targets),
+        "bytes": sum(target.nbytes for target in targets),
+        "arrays": arrays,
+    }
+
+
+def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.Array]:
+    """The parameters of one model, each restored straight to the default device in `dtype`.
+
+    Args:
+        folder: the model's folder.
+        arrays: its entry in the manifest.
+        shapes: dotted path -> anything with `shape`: what our module needs.
+        dtype: of the result.
+
+    Raises:
+        CheckpointError: lists every parameter that is missing, not used, or of another shape; or says which item
+            cannot be read.
+    """
+    found = {path: tuple(entry["shape"]) for path, entry in arrays.items()}
+    wanted = {path: tuple(leaf.shape) for path, leaf in shapes.items()}
+    lines = [f"- missing {path}: wanted {list(wanted[path])}" for path in sorted(wanted.keys() - found.keys())]
+    lines += [f"+ unexpected {path}: found {list(found[path])}" for path in sorted(found.keys() - wanted.keys())]
+    lines += [
+        f"! wrong {path}: found {list(found[path])}, wanted {list(wanted[path])}"
+        for path in sorted(wanted.keys() & found.keys())
+        if wanted[path] != found[path]
+    ]
+    if lines:
+        raise CheckpointError("\n  ".join([f"{folder}: does not fit its configuration", *lines]))
+    items: dict[str, list[str]] = {}
+    for path in wanted:
+        items.setdefault(arrays[path]["item"], []).append(path)
+    sharding = jnp.zeros(()).sharding
+    out = {}
+    with _checkpointer() as checkpointer:
+        for name, paths in sorted(items.items()):
+            spec = {p: jax.ShapeDtypeStruct(wanted[p], dtype, sharding=sharding) for p in paths}
+            how = {
+                p: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=wanted[p])
+                for p in paths
+            }
+            args = ocp.args.PyTreeRestore(item=spec, restore_args=how)
+            try:
+                out |= checkpointer.restore((folder / name).absolute(), args=args)
+            except (ValueError, OSError, KeyError) as error:
+                advice = "cannot be read; convert the checkpoint again"
+                raise CheckpointError(f"{folder / name}: {advice}: {error}") from error
+    return out
+
+
+def check_destination(destination: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Finds out, before any work, whether `destination` can be written.
+
+    Raises:
+        CheckpointError: if it exists and may not be replaced, holds the source, or its parent folder is not there or
+            not writable.
+    """
+    parent = destination.absolute().parent
+    if source is not None and source.resolve().is_relative_to(destination.resolve()):
+        raise CheckpointError(f"{destination}: would replace the folder that is being converted, {source}")
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise CheckpointError(f"{destination}: exists and is not a folder")
+    if destination.exists() and any(destination.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"{destination}: exists; choose another place, or overwrite it (overwrite=True)")
+        if not is_ours(destination) and not (destination / "model_index.json").is_file():
+            raise CheckpointError(f"{destination}: exists and is not a checkpoint, so it is not overwritten")
+    if not parent.is_dir():
+        raise CheckpointError(f"{destination}: the folder {parent} does not exist")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{destination}: no permission to write in {parent}")
+
+
+def check_space(destination: Path, needed: int) -> None:
+    """Finds out, before any work, whether `needed` bytes fit.
+
+    Raises:
+        CheckpointError: if they do not.
+    """
+    if (free := shutil.disk_usage(destination.absolute().parent).free) < needed:
+        raise CheckpointError(f"{destination}: needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")
+
+
+@contextlib.contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A new folder beside `destination` that takes its place when the block ends, and is removed if it fails.
+
+    Raises:
+        CheckpointError: if the folder cannot be made.
+    """
+    parent = destination.absolute().parent
+    tag = secrets.token_hex(4)
+    beside = parent / f".{destination.name}.{tag}.partial"
+    try:
+        beside.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written: {error}") from error
+    try:
+        yield beside
+        _replace(beside, destination, parent / f".{destination.name}.{tag}.old")
+    finally:
+        if beside.exists():
+            shutil.rmtree(beside)
+
+
+def _replace(new: Path, destination: Path, aside: Path) -> None:
+    if not destination.exists():
+        new.rename(destination)
+        return
+    try:
+        destination.rename(aside)
+        new.rename(destination)
+    finally:
+        if not destination.exists():
+            aside.rename(destination)
+    shutil.rmtree(aside)

@@ -1,0 +1,55 @@
+"""Shared by both sides of the parity tests: NumPy only, so that it imports where torch lives and where JAX lives.
+
+Reference weights and inputs are never stored. Both sides fill them from their names with the same generator, so the
+committed files hold only the list of weights (diffusers key -> shape) and the reference outputs.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+REFERENCES = Path(os.environ.get("SIXBIT_REFERENCES", Path(__file__).parent / "references"))
+
+
+def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 values that depend on `name` and `shape` alone."""
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 weight for a diffusers or transformers key, scaled so that activations keep their size."""
+    x = values(key, shape)
+    if len(shape) >= 2:
+        return x / np.float32(np.sqrt(np.prod(shape[1:])))
+    return (1 + x / 10 if key.endswith("weight") else x / 10).astype(np.float32)
+
+
+def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {key: weight(key, tuple(shape)) for key, shape in shapes.items()}
+
+
+def save(case: str, *, config: dict, shapes: Mapping[str, tuple[int, ...]], **outputs: np.ndarray) -> None:
+    """Writes one reference: `<case>.json` (configuration and weight shapes) and `<case>.npz` (outputs)."""
+    REFERENCES.mkdir(parents=True, exist_ok=True)
+    header = {"config": config, "shapes": {k: list(v) for k, v in shapes.items()}}
+    (REFERENCES / f"{case}.json").write_text(json.dumps(header, indent=1, sort_keys=True) + "\n")
+    np.savez_compressed(REFERENCES / f"{case}.npz", **outputs)
+
+
+def load(case: str) -> tuple[dict, dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
+    """-> (configuration, weight shapes by key, outputs by name)."""
+    header = json.loads((REFERENCES / f"{case}.json").read_text())
+    with np.load(REFERENCES / f"{case}.npz") as outputs:
+        return header["config"], {k: tuple(v) for k, v in header["shapes"].items()}, dict(outputs)
+
+
+def relative_l2(found: np.ndarray, wanted: np.ndarray) -> float:
+    """||found - wanted|| / ||wanted|| in float64; NaN never passes a comparison with a bound."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    if found.shape != wanted.shape:
+        raise ValueError(f"shapes differ: {found.shape} and {wanted.shape}")
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
