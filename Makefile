@@ -4,7 +4,10 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 PARITY_PYTHON ?= PYENV_VERSION=3.11 python3.11
 OUT ?= out
 
-.PHONY: demo test lint format parity references clean
+# The oldest JAX that pyproject.toml allows; the newest is what .venv has.
+OLDEST_JAX = $(shell sed -n 's/^  "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+.PHONY: demo test test-oldest lint format parity references clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..."'
@@ -16,18 +19,28 @@ demo: .venv/.installed
 	.venv/bin/sixbit generate --model mini --prompt "a red 3 moves left slowly" --out $(OUT)/demo.mp4
 
 test: .venv/.installed
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest tests -n 2
+
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)' --editable '.[dev]'
+	touch $@
+
+# What depends most on JAX, with the oldest version of it.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 2 tests/models tests/sampling tests/test_checkpoint.py
 
 .venv-parity/.installed: tests/parity/requirements.txt
 	$(PARITY_PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt
 	touch $@
 
-# Rebuilds every reference from the installed diffusers and transformers, in a scratch folder, and compares with it live.
+# Rebuilds every reference from the installed diffusers and transformers in a scratch folder, checks that the committed
+# ones agree with it, and compares our models with it live. Prints the table of errors.
 parity: .venv/.installed .venv-parity/.installed
 	rm -rf $(OUT)/references
 	SIXBIT_REFERENCES=$(OUT)/references .venv-parity/bin/python tests/parity/make_references.py
-	SIXBIT_REFERENCES=$(OUT)/references .venv/bin/python -m pytest tests/parity
+	SIXBIT_REFERENCES=$(OUT)/references .venv/bin/python -m pytest tests/parity -n auto --maxprocesses 8 --dist worksteal
 
 # The same, into the repository.
 references: .venv-parity/.installed
@@ -42,4 +55,4 @@ format: .venv/.installed
 	.venv/bin/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-parity out build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-parity out build dist *.egg-info

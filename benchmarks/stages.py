@@ -4,8 +4,8 @@
 
 Full-size models have random weights, made on the device: the time of a dense product does not depend on what its
 weights have learnt, and none of this project's code looks at them. Each stage is timed on its second call,
-synchronised; the first call's extra time is reported as compilation. Full-size runs may sample fewer steps than the
-50 they are scaled to; the table says so.
+synchronised; the first call's extra time is reported as compilation. Runs may sample fewer steps than the 50 they
+are scaled to; the table says so.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -29,7 +30,6 @@ from sixbit_jax.models.vae import AutoencoderKLCogVideoX
 from sixbit_jax.pipeline import decode_latents, encode_text
 from sixbit_jax.sampling import sampler, schedulers
 
-FULL_SIZE = {"2b": TransformerConfig.cogvideox_2b, "5b": TransformerConfig.cogvideox_5b}
 COGVIDEOX_SCHEDULER = SchedulerConfig(
     prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
 )
@@ -82,17 +82,26 @@ def timed(run) -> tuple[float, float]:
     return seconds[1], max(0.0, seconds[0] - seconds[1])
 
 
-def measure(name: str, steps: int) -> Stages:
-    if name == "mini":
-        pipe = Pipeline.from_pretrained("mini")
-        steps = 50
-    else:
-        pipe = Pipeline(
-            transformer=random_model(CogVideoXTransformer3DModel, FULL_SIZE[name]()),
-            vae=random_model(AutoencoderKLCogVideoX, VAEConfig()),
-            text_encoder=random_model(T5EncoderModel, T5Config()),
-            scheduler=COGVIDEOX_SCHEDULER,
-        )
+def random_pipeline(transformer: TransformerConfig, vae: VAEConfig, text_encoder: T5Config) -> Pipeline:
+    """A pipeline of `random_model`s without a tokenizer."""
+    return Pipeline(
+        transformer=random_model(CogVideoXTransformer3DModel, transformer),
+        vae=random_model(AutoencoderKLCogVideoX, vae),
+        text_encoder=random_model(T5EncoderModel, text_encoder),
+        scheduler=COGVIDEOX_SCHEDULER,
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], Pipeline], int]] = {
+    "mini": (lambda: Pipeline.from_pretrained("mini"), 50),
+    "2b": (lambda: random_pipeline(TransformerConfig.cogvideox_2b(), VAEConfig(), T5Config()), 10),
+    "5b": (lambda: random_pipeline(TransformerConfig.cogvideox_5b(), VAEConfig(), T5Config()), 10),
+}
+"""Name -> (how to make it, the steps it is timed over unless others are asked for)."""
+
+
+def measure(name: str, pipe: Pipeline, steps: int) -> Stages:
+    """Times the three stages of one guided call with a batch of one."""
     config, vae_config = pipe.transformer.merge().config, pipe.vae.merge().config
     space = vae_config.spatial_compression_ratio
     latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
@@ -144,11 +153,14 @@ def table(rows: list[Stages]) -> str:
 
 def main(argv: list[str] | None = None) -> list[Stages]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["mini", *FULL_SIZE], default=["mini"])
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps of the full-size models")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mini"])
+    parser.add_argument("--steps", type=int, help="denoising steps; default: 50 of the mini model, 10 of others")
     parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     arguments = parser.parse_args(argv)
-    rows = [measure(name, arguments.steps) for name in arguments.models]
+    rows = []
+    for name in arguments.models:
+        make, steps = MODELS[name]
+        rows.append(measure(name, make(), arguments.steps or steps))
     text = table(rows)
     print(text)
     if arguments.out is not None:

@@ -1,18 +1,16 @@
 """`python -m convert SRC DST`."""
 
-import signal
-import sys
 from typing import Annotated
 
 import typer
 
-from convert import convert
-from convert.errors import CheckpointError
+from sixbit_jax.command import run, shows_user_errors
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
+@shows_user_errors
 def main(
     src: Annotated[str, typer.Argument(help="A diffusers folder, or a hub id org/name.")],
     dst: Annotated[str, typer.Argument(help="The checkpoint folder to write.")],
@@ -27,15 +25,11 @@ def main(
     quiet: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
 ) -> None:
     """Converts a diffusers folder to a sixbit checkpoint, one parameter at a time."""
+    from convert.command import convert
+
     names = None if components is None else [name.strip() for name in components.split(",")]
-    try:
-        done = convert(src, dst, components=names, dtype=dtype, progress=not quiet, overwrite=overwrite)
-    except CheckpointError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(f"wrote {done}")
+    typer.echo(f"wrote {convert(src, dst, components=names, dtype=dtype, progress=not quiet, overwrite=overwrite)}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: clean up, then go
-    app()
+    run(app)

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from convert.rules import Shape
+from sixbit_jax.errors import SixbitError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SixbitError, ValueError):
     """A folder that is not the checkpoint it was taken for, or a place that cannot be written."""
 
 

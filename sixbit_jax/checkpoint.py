@@ -28,6 +28,7 @@ from sixbit_jax.config import SchedulerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.t5 import T5EncoderModel
 from sixbit_jax.models.vae import AutoencoderKLCogVideoX
+from sixbit_jax.notices import without_torch_notice
 
 DIFFUSERS_VERSION = "0.42.1"
 
@@ -125,7 +126,8 @@ def _materialise(
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # takes seconds to import, which loading without a tokenizer need not pay
+    with without_torch_notice():  # takes seconds to import, which loading without a tokenizer need not pay
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -233,8 +235,7 @@ def write_diffusers(
             shapes = published_shapes(module.config) if name == "transformer" else {}
             (beside / name).mkdir()
             state = nnx.state(module)
-            stored = jnp.result_type(*jax.tree.leaves(state)) if dtype is None else dtype
-            _write_json(beside / name / "config.json", _published_config(component, module.config, stored.name))
+            _write_json(beside / name / "config.json", _published_config(component, module.config))
             tensors = (
                 (key, x if dtype is None else x.astype(dtype))
                 for key, x in to_diffusers(state, component.rules, shapes)
@@ -244,11 +245,13 @@ def write_diffusers(
     return destination
 
 
-def _published_config(component: Component, config: Any, dtype: str) -> dict[str, Any]:
+def _published_config(component: Component, config: Any) -> dict[str, Any]:
     if component.library == "diffusers":
         return {"_class_name": component.class_name, "_diffusers_version": DIFFUSERS_VERSION, **config.to_dict()}
     bookkeeping = {"architectures": [component.class_name], "model_type": "t5", "is_encoder_decoder": False}
-    return {**bookkeeping, "tie_word_embeddings": False, "dtype": dtype, **config.to_dict()}
+    # "dtype" is what transformers loads in when nobody asks; without it, that is the dtype of the file. diffusers loads
+    # its own models in float32 then, and a pipeline needs one dtype.
+    return {**bookkeeping, "tie_word_embeddings": False, "dtype": "float32", **config.to_dict()}
 
 
 def _write_tensors(

@@ -9,8 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sixbit_jax.errors import SixbitError
 
-class ConfigError(ValueError):
+
+class ConfigError(SixbitError, ValueError):
     """A configuration file that describes something this project cannot compute exactly."""
 
 

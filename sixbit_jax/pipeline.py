@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from convert.errors import CheckpointError
+from convert.published import locate
 from sixbit_jax import checkpoint
-from sixbit_jax.config import SchedulerConfig
+from sixbit_jax.config import ConfigError, SchedulerConfig
+from sixbit_jax.errors import ArgumentError, NonFiniteLatentsError, TruncatedPromptWarning
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.models.t5 import T5EncoderModel
@@ -22,10 +26,6 @@ from sixbit_jax.models.vae import AutoencoderKLCogVideoX
 from sixbit_jax.sampling import sampler, schedulers
 
 MINI_MODEL = Path(__file__).parent / "assets" / "moving_mnist"
-
-
-class NonFiniteLatentsError(FloatingPointError):
-    """Latents became NaN or Inf while sampling."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class PipelineOutput:
             factor. With temporal patches (CogVideoX 1.5) the padding frames are still in front, as in diffusers.
         trace: what each step did, arrays with leading axis [num_inference_steps].
         timings: wall-clock seconds of each stage (`text_encoder`, `sampling`, `vae`), compilation included, and
-            `compilation`, the part of their sum that was spent compiling.
+            `compilation`, the part of their sum that went into tracing and compiling.
     """
 
     frames: UInt8[np.ndarray, "batch frames height width 3"] | None
@@ -48,15 +48,21 @@ class PipelineOutput:
 
 
 class _CompilationClock:
-    """Counts the seconds XLA spends compiling, in this process, from the moment it is created."""
+    """Counts the seconds that this process spends tracing, lowering and compiling, each second once."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        self._spans: list[tuple[float, float]] = []
+        jax.monitoring.register_event_time_span_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, start: float, end: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            while self._spans and self._spans[-1][0] >= start:  # a function traced while tracing this one
+                self._spans.pop()
+            self._spans.append((start, end))
+
+    def seconds_since(self, moment: float) -> float:
+        """Seconds spent in compilations that began after `moment`, a time of `time.time`."""
+        return sum(end - start for start, end in self._spans if start >= moment)
 
 
 _compilation_clock = _CompilationClock()
@@ -85,6 +91,7 @@ def decode_latents(
     return jnp.round(jnp.clip(video / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
+@jax.jit(static_argnames="shape")
 def initial_latents(
     keys: jax.Array, shape: tuple[int, int, int, int]
 ) -> Float[Array, "batch frames channels height width"]:
@@ -95,23 +102,52 @@ def initial_latents(
 def video_keys(seed: int | Sequence[int], batch: int) -> jax.Array:
     """One key a video: of its own seed, or of one seed and its position in the batch.
 
+    A list with one seed gives that seed's first video, so a video of a batch can be made again alone.
+
     Raises:
-        ValueError: if several seeds are given and their number is not `batch`.
+        ArgumentError: if several seeds are given and their number is not `batch`, or one is not in 0..2^32 - 1.
     """
-    if isinstance(seed, int):
-        return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
-    if len(seed) != batch:
-        raise ValueError(f"seed: got {len(seed)} seeds for {batch} videos; give one seed, or one for each video")
-    return jnp.concatenate([video_keys(s, 1) for s in seed])
+    seeds = _seed_list(seed, batch)
+    positions = np.arange(batch) if isinstance(seed, int) else np.zeros(batch)
+    return _keys(np.asarray(seeds, np.uint32), positions.astype(np.uint32))
+
+
+@jax.jit
+def _keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
+
+
+def _seed_list(seed: int | Sequence[int], batch: int) -> list[int]:
+    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise ArgumentError(f"seed: got {len(seeds)} seeds for {batch} videos; give one seed, or one for each video")
+    for value in seeds:
+        if not 0 <= value < 2**32:
+            raise ArgumentError(f"seed={value} must be between 0 and 2^32 - 1")
+    return seeds
 
 
 def _prompt_list(name: str, prompt: Any) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"{name} must be a string or a list of strings, not {prompt!r}")
+        raise ArgumentError(f"{name} must be a string or a list of strings, not {prompt!r}")
     if not prompts:
-        raise ValueError(f"{name} is an empty list: give at least one prompt")
+        raise ArgumentError(f"{name} is an empty list: give at least one prompt")
     return list(prompts)
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder of a model: "mini", a folder, or a hub id `org/name`, which is downloaded.
+
+    Raises:
+        CheckpointError: if there is none of that name.
+    """
+    if path == "mini":
+        return MINI_MODEL
+    try:
+        return locate(path)
+    except CheckpointError as error:
+        raise CheckpointError(f'{error} (the model that ships with this package is called "mini")') from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,19 +179,43 @@ class Pipeline:
             vae_tiling: see the class.
 
         Raises:
-            convert.ConversionError: if the folder is not what it should be: says which file, key and shape.
+            CheckpointError: if there is no such checkpoint, or it is not what it should be: says which file, key and
+                shape.
         """
-        loaded = checkpoint.load(MINI_MODEL if path == "mini" else path, dtype=dtype)
+        folder = find_model(path)
+        loaded = checkpoint.load(folder, dtype=dtype)
         if loaded.transformer is None or loaded.scheduler is None:
-            raise ValueError(f"{path}: a pipeline needs a transformer and a scheduler; found {sorted(loaded.info)}")
-        return cls(
-            transformer=Split.of(loaded.transformer),
-            scheduler=loaded.scheduler,
-            vae=loaded.vae and Split.of(loaded.vae),
-            text_encoder=loaded.text_encoder and Split.of(loaded.text_encoder),
-            tokenizer=loaded.tokenizer,
-            vae_tiling=vae_tiling,
-        )
+            held = ", ".join(loaded.info["components"]) or "no model"
+            raise CheckpointError(f"{folder}: a pipeline needs a transformer and a scheduler; the folder holds {held}")
+        try:
+            return cls(
+                transformer=Split.of(loaded.transformer),
+                scheduler=loaded.scheduler,
+                vae=loaded.vae and Split.of(loaded.vae),
+                text_encoder=loaded.text_encoder and Split.of(loaded.text_encoder),
+                tokenizer=loaded.tokenizer,
+                vae_tiling=vae_tiling,
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    def __post_init__(self) -> None:
+        """Checks that the models fit each other.
+
+        Raises:
+            ConfigError: if they do not.
+        """
+        config = self.transformer.merge().config
+        fits = [("in_channels", config.in_channels, "the transformer's out_channels", config.out_channels)]
+        if self.vae is not None:
+            channels = self.vae.merge().config.latent_channels
+            fits.append(("in_channels", config.in_channels, "the VAE's latent_channels", channels))
+        if self.text_encoder is not None:
+            width = self.text_encoder.merge().config.d_model
+            fits.append(("text_embed_dim", config.text_embed_dim, "the text encoder's d_model", width))
+        for name, value, other, wanted in fits:
+            if value != wanted:
+                raise ConfigError(f"the transformer's {name} is {value} and {other} is {wanted}; they must be equal")
 
     @property
     def _compression(self) -> tuple[int, int]:
@@ -165,79 +225,91 @@ class Pipeline:
         config = self.vae.merge().config
         return config.spatial_compression_ratio, int(config.temporal_compression_ratio)
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        """(num_frames, height, width) of a call that does not say: what the model was trained for."""
+        config, (space, _) = self.transformer.merge().config, self._compression
+        return config.sample_frames, config.sample_height * space, config.sample_width * space
+
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "batch text"]:
-        """Token ids, padded or cut to the model's text length. Warns with the text that was cut."""
+        """Token ids, padded or cut to the model's text length; a `TruncatedPromptWarning` shows what was cut."""
         limit = self.transformer.merge().config.max_text_seq_length
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, add_special_tokens=True
         ).input_ids
-        for prompt, full in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
+        for prompt, full in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
             if len(full) > limit:
                 cut = self.tokenizer.decode(full[limit - 1 : -1])
                 warnings.warn(
-                    f"the prompt {prompt!r} has {len(full)} tokens, the model takes {limit}; cut: {cut!r}", stacklevel=3
+                    f"the prompt {prompt!r} has {len(full)} tokens, the model takes {limit}; cut: {cut!r}",
+                    TruncatedPromptWarning,
+                    stacklevel=2,
                 )
         return np.asarray(ids, np.int32)
 
-    def _embed(self, name: str, prompts: list[str]) -> Float[Array, "batch text text_dim"]:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                f"this checkpoint has no text encoder or no tokenizer, so {name} cannot be encoded: "
-                f"pass {name}_embeds instead"
-            )
-        return encode_text(self.text_encoder, jnp.asarray(self.tokenize(prompts)))
-
-    def _check_embeds(self, name: str, embeds: Any, batch: int | None = None) -> Float[Array, "batch text text_dim"]:
+    def _checked_text(self, name: str, prompts: Any, embeds: Any) -> list[str] | jax.Array | np.ndarray:
+        """The texts, or the features given instead of them."""
+        if embeds is None:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ArgumentError(
+                    f"this checkpoint has no text encoder or no tokenizer, so {name} cannot be encoded: "
+                    f"pass {name}_embeds instead"
+                )
+            return _prompt_list(name, prompts)
         width = self.transformer.merge().config.text_embed_dim
-        if embeds.ndim != 3 or embeds.shape[2] != width or (batch is not None and embeds.shape[0] != batch):
-            raise ValueError(f"{name} must be [{batch or 'batch'}, text, {width}], not {list(embeds.shape)}")
-        return jnp.asarray(embeds)
+        if embeds.ndim != 3 or not embeds.shape[0] or embeds.shape[2] != width:
+            raise ArgumentError(f"{name}_embeds must be [batch, text, {width}], not {list(embeds.shape)}")
+        return embeds
 
-    def _encode(
+    def _checked_texts(
         self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, guided: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Validates the four text arguments and returns (prompt_embeds, negative_prompt_embeds or None)."""
+    ) -> tuple[list[str] | jax.Array | np.ndarray, list[str] | jax.Array | np.ndarray | None]:
+        """Validates the four text arguments and returns those to use, positive and negative, of equal batch size."""
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give exactly one of prompt and prompt_embeds")
+            raise ArgumentError("give exactly one of prompt and prompt_embeds")
         if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("give at most one of negative_prompt and negative_prompt_embeds")
-        if prompt_embeds is None:
-            positive = self._embed("prompt", _prompt_list("prompt", prompt))
-        else:
-            positive = self._check_embeds("prompt_embeds", prompt_embeds)
+            raise ArgumentError("give at most one of negative_prompt and negative_prompt_embeds")
+        positive = self._checked_text("prompt", prompt, prompt_embeds)
         if not guided:
             return positive, None
-        batch = positive.shape[0]
-        if negative_prompt_embeds is not None:
-            negative = self._check_embeds("negative_prompt_embeds", negative_prompt_embeds, batch)
-        elif negative_prompt is None and self.text_encoder is None:
-            raise ValueError(
-                "guidance needs an unconditional embedding and this checkpoint has no text encoder: "
-                "pass negative_prompt_embeds, or guidance_scale=1"
+        without = self.text_encoder is None or self.tokenizer is None
+        if negative_prompt is None and negative_prompt_embeds is None and without:
+            raise ArgumentError(
+                "guidance needs an unconditional embedding and this checkpoint has no text encoder or no "
+                "tokenizer: pass negative_prompt_embeds, or guidance_scale=1"
             )
-        else:
-            texts = [""] if negative_prompt is None else _prompt_list("negative_prompt", negative_prompt)
-            texts = texts * batch if len(texts) == 1 else texts
-            if len(texts) != batch:
-                raise ValueError(f"negative_prompt: got {len(texts)} for {batch} prompts; give one, or one for each")
-            negative = self._embed("negative_prompt", texts)
-        if negative.shape != positive.shape:
-            raise ValueError(
-                f"prompt_embeds {list(positive.shape)} and negative_prompt_embeds {list(negative.shape)} "
-                "must have the same shape"
+        negative = self._checked_text(
+            "negative_prompt", "" if negative_prompt is None else negative_prompt, negative_prompt_embeds
+        )
+        batch = len(positive)
+        if isinstance(negative, list) and len(negative) == 1:
+            negative = negative * batch
+        if len(negative) != batch:
+            raise ArgumentError(f"negative_prompt: got {len(negative)} for {batch} prompts; give one, or one for each")
+        limit = self.transformer.merge().config.max_text_seq_length
+        lengths = [limit if isinstance(text, list) else text.shape[1] for text in (positive, negative)]
+        if lengths[0] != lengths[1]:
+            raise ArgumentError(
+                f"prompt_embeds and negative_prompt_embeds must have the same text length, not {lengths[0]} and "
+                f"{lengths[1]} (texts have {limit})"
             )
         return positive, negative
+
+    def _features(self, text: list[str] | jax.Array | np.ndarray) -> Float[Array, "batch text text_dim"]:
+        if not isinstance(text, list):
+            return jnp.asarray(text, self.transformer.merge().dtype)
+        return encode_text(self.text_encoder, jnp.asarray(self.tokenize(text)))
 
     def _latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Validates a size; -> latents [frames, channels, height, width], frames padded to whole temporal patches."""
         config, (space, time_) = self.transformer.merge().config, self._compression
         if num_frames < 1 or (num_frames - 1) % time_:
             near = max(1, round((num_frames - 1) / time_) * time_ + 1)
-            raise ValueError(f"num_frames={num_frames} must be of the form {time_}k + 1; the nearest is {near}")
+            raise ArgumentError(f"num_frames={num_frames} must be of the form {time_}k + 1; the nearest is {near}")
         for name, size in (("height", height), ("width", width)):
             unit = space * config.patch_size
             if size < unit or size % unit:
-                raise ValueError(f"{name}={size} must be a positive multiple of {unit} (VAE {space} x patch size)")
+                raise ArgumentError(f"{name}={size} must be a positive multiple of {unit} (VAE {space} x patch size)")
         frames = (num_frames - 1) // time_ + 1
         frames += -frames % (config.patch_size_t or 1)
         return frames, config.in_channels, height // space, width // space
@@ -266,50 +338,57 @@ class Pipeline:
             prompt: one text or several; None with `prompt_embeds`.
             negative_prompt: what to steer away from; default the empty text.
             height, width: pixels; default the model's own size.
-            num_frames: 4k + 1 for CogVideoX; default the model's own length.
+            num_frames: 4k + 1 for CogVideoX; default the model's own length. As in diffusers, the VAE gives exactly so
+                many for an odd number of latent frames (even k), and three more, in front, for an even one.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; at most 1 turns it off and halves the work.
             use_dynamic_cfg: let the guidance scale grow over the steps.
-            seed: one for all videos (each draws its own noise from it), or one for each.
+            seed: one for all videos (each draws its own noise from it), or one for each; 0 to 2^32 - 1.
             latents: starting noise [batch, latent frames, channels, h, w] instead of noise from the seed.
             prompt_embeds, negative_prompt_embeds: text features [batch, text, text_dim] instead of texts.
             output_type: "np" decodes frames, "latent" returns latents alone.
             on_step: called in order with each finished step's index; keep one function object for many calls.
 
         Raises:
-            ValueError: on a bad argument, which it names; before anything is compiled.
+            ArgumentError: (a ValueError) on a bad argument, which it names; before anything is compiled.
+            ConfigError: if the scheduler cannot take that number of steps; likewise.
             NonFiniteLatentsError: if latents become NaN or Inf; names the video and the step.
         """
         if output_type not in ("np", "latent"):
-            raise ValueError(f'output_type={output_type!r} is not one of "np", "latent"')
+            raise ArgumentError(f'output_type={output_type!r} is not one of "np", "latent"')
         if output_type == "np" and self.vae is None:
-            raise ValueError('this checkpoint has no VAE: pass output_type="latent"')
-        config, (space, _) = self.transformer.merge().config, self._compression
-        num_frames = config.sample_frames if num_frames is None else num_frames
-        height = config.sample_height * space if height is None else height
-        width = config.sample_width * space if width is None else width
+            raise ArgumentError('this checkpoint has no VAE: pass output_type="latent"')
+        if not math.isfinite(guidance_scale):
+            raise ArgumentError(f"guidance_scale={guidance_scale} must be a finite number")
+        own = self.default_size
+        num_frames = own[0] if num_frames is None else num_frames
+        height = own[1] if height is None else height
+        width = own[2] if width is None else width
         shape = self._latents_shape(num_frames, height, width)
+        texts = self._checked_texts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=guidance_scale > 1
+        )
+        batch = len(texts[0])
+        _seed_list(seed, batch)
+        if latents is not None and tuple(latents.shape) != (batch, *shape):
+            raise ArgumentError(f"latents must be {[batch, *shape]} for this call, not {list(latents.shape)}")
         schedule = schedulers.make_schedule(self.scheduler, num_inference_steps)
-        scale = schedulers.guidance_schedule(guidance_scale, schedule.timesteps, num_inference_steps, use_dynamic_cfg)
 
         timings: dict[str, float] = {}
-        compiled_before = _compilation_clock.seconds
+        start = time.time()
         with _stage(timings, "text_encoder"):
             positive, negative = jax.block_until_ready(
-                self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale > 1)
+                [None if text is None else self._features(text) for text in texts]
             )
-        batch = positive.shape[0]
-        keys = video_keys(seed, batch)
-        if latents is None:
-            latents = initial_latents(keys, shape)
-        elif tuple(latents.shape) != (batch, *shape):
-            raise ValueError(f"latents must be {[batch, *shape]} for this call, not {list(latents.shape)}")
         with _stage(timings, "sampling"):
+            keys = video_keys(seed, batch)
             conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
+            scale = schedulers.guidance_schedule(
+                guidance_scale, schedule.timesteps, num_inference_steps, use_dynamic_cfg
+            )
+            noise = initial_latents(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32)
             latents, trace = jax.block_until_ready(
-                sampler.sample(
-                    self.transformer, schedule, scale, jnp.asarray(latents, jnp.float32), conditioning, on_step=on_step
-                )
+                sampler.sample(self.transformer, schedule, scale, noise, conditioning, on_step=on_step)
             )
             jax.effects_barrier()
         trace = jax.device_get(trace)
@@ -326,7 +405,7 @@ class Pipeline:
                         for i in range(batch)
                     ]
                 )
-        timings["compilation"] = _compilation_clock.seconds - compiled_before
+        timings["compilation"] = _compilation_clock.seconds_since(start)
         return PipelineOutput(frames=frames, latents=np.asarray(latents), trace=trace, timings=timings)
 
 

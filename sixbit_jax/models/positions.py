@@ -27,7 +27,8 @@ def timestep_embedding(
     """
     half = dim // 2
     exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
-    angle = timestep.astype(jnp.float32)[:, None] * np.exp(exponent)[None, :]
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)  # rounded once, as torch does
+    angle = timestep.astype(jnp.float32)[:, None] * frequencies[None, :]
     parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
     return jnp.concatenate(parts, axis=-1)
 

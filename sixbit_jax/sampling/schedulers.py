@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer, Key
 
 from sixbit_jax.config import ConfigError, SchedulerConfig
+from sixbit_jax.errors import ArgumentError
 
 _Alphas = Float[Array, " train_steps"] | Float[np.ndarray, " train_steps"]
 
@@ -90,7 +91,7 @@ def _timesteps(config: SchedulerConfig, num_inference_steps: int) -> np.ndarray:
     append a step at timestep -1, which reads the noisiest alpha for the cleanest sample.
     """
     if not 1 <= num_inference_steps <= config.num_train_timesteps:
-        raise ValueError(
+        raise ArgumentError(
             f"{num_inference_steps=} must be between 1 and num_train_timesteps={config.num_train_timesteps}"
         )
     train = config.num_train_timesteps
@@ -117,7 +118,7 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int) -> Schedule
         num_inference_steps: T, at least 1 and at most `num_train_timesteps`.
 
     Raises:
-        ValueError: on a number of steps outside that range.
+        ArgumentError: on a number of steps outside that range.
         ConfigError: if `steps_offset` leaves the training range, or a coefficient is not finite (epsilon-prediction
             visiting a timestep of zero SNR, where the clean sample cannot be recovered from the noise).
     """

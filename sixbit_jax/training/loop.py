@@ -131,7 +131,8 @@ def make_optimizer(recipe: OptimizerRecipe) -> optax.GradientTransformation:
     """Clipping, Muon or Adam, and decay of kernels; its updates are to be multiplied by the negative learning rate.
 
     With `recipe.muon`, the stacked attention and feed-forward kernels of all blocks are updated by Muon (orthogonalised
-    momentum, each layer by itself) at the update size of Adam (arXiv:2502.16982), and everything else by Adam.
+    momentum, each layer by itself) at the update size of Adam (arXiv:2502.16982), and everything else by Adam with
+    Nesterov momentum, which optax's Muon brings with it.
     """
 
     def by_name(params: Params, choose: Callable[[str], Any]) -> Params:

@@ -1,11 +1,16 @@
 """Every number that decides what the mini model is and how it is trained.
 
-What one diffusion step costs, by multiply-adds counted twice: 6.3 M parameters see each of a clip's 352 tokens
-(32 text, 320 video), 4.4 GFLOP, and attention over 352 tokens at width 256 in 8 blocks adds 1.0 GFLOP; forward and
-backward are three times that, 16 GFLOP a clip, 4.2 TFLOP for a batch of 256. At 20 to 30 % of 790 TFLOP/s (what one
-H100 or H200 reaches in bf16 products; at width 256 the norms and modulations between them are memory bound) that is
-18 to 26 ms a step: 20,000 to 29,000 steps in 9 minutes, less compilation and the first filling of the pool. Nothing
-depends on reaching them: the learning rate follows the elapsed share of the budget, not a number of steps.
+What a step costs, measured on one H200 (`benchmarks/mini_model/run`): 32 ms for 128 clips of diffusion training, 9,900
+steps in 319 s after 59 s of start-up, filling of the pool and compilation; 41 ms for 16 clips of VAE training, 1,980
+steps in 81 s after 80 s that were mostly compilation.
+
+Multiply-adds counted twice: 6.3 M parameters see each of a clip's 352 tokens (32 text, 320 video), 4.4 GFLOP, and
+attention over 352 tokens at width 256 in 8 blocks adds 1.0 GFLOP; forward and backward are three times that, 16 GFLOP
+a clip, 2.1 TFLOP a step. That is 8 % of the 790 TFLOP/s which the card reaches in large bf16 products, where 20 to 30 %
+had been expected, 9 to 13 ms. At width 256 a product does too little work for every byte that passes through the norms,
+modulations, rotations and activations around it, which are bound by memory, so that is where the time most likely goes;
+Muon's iterations and the encoding of new clips are in the 32 ms too. Nothing depends on a number of steps: the learning
+rate follows the elapsed share of the budget.
 """
 
 import dataclasses

@@ -4,9 +4,12 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Int
-from transformers import T5Tokenizer
 
+from sixbit_jax.notices import without_torch_notice
 from sixbit_jax.training.data import COLOUR_NAMES, DIRECTION_NAMES, JOINER, SPEED_NAMES, caption_table
+
+with without_torch_notice():
+    from transformers import T5Tokenizer
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MAX_LENGTH = 32

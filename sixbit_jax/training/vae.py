@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sixbit_jax.config import VAEConfig
 from sixbit_jax.models.split import Split
-from sixbit_jax.models.vae import AutoencoderKLCogVideoX, mode, sample_moments, split_moments
+from sixbit_jax.models.vae import AutoencoderKLCogVideoX, sample_moments, split_moments
 from sixbit_jax.training import loop
 from sixbit_jax.training.data import load_digits, sample_batch
+from sixbit_jax.training.evaluate import vae_psnr
 from sixbit_jax.training.recipe import VAERecipe
 
 NAME = "vae"
@@ -70,16 +71,14 @@ def measure(model: Split[AutoencoderKLCogVideoX], recipe: VAERecipe, key: PRNGKe
         return jnp.mean(latents), jnp.mean(latents**2)
 
     @jax.jit
-    def psnr(model: Split, digits: UInt8[Array, "n 28 28"], labels: Array, key: PRNGKeyArray):
-        vae, video = model.merge(), sample_batch(key, digits, labels, batch).video
-        decoded = jnp.clip(vae.decode(mode(vae.encode(video))).astype(jnp.float32), -1.0, 1.0)
-        return jnp.mean(-10 * jnp.log10(jnp.mean(((decoded - video) / 2) ** 2, axis=(1, 2, 3, 4))))
+    def clips(digits: UInt8[Array, "n 28 28"], labels: Array, key: PRNGKeyArray):
+        return sample_batch(key, digits, labels, batch).video
 
     keys = jax.random.split(key, 2 * batches)
     first, second = jnp.mean(
         jnp.asarray([moments_of_latents(model, **_digits("train"), key=k) for k in keys[:batches]]), axis=0
     )
-    quality = [float(psnr(model, **_digits("held_out"), key=k)) for k in keys[batches:]]
+    quality = [vae_psnr(model.merge(), clips(**_digits("held_out"), key=k), batch=batch) for k in keys[batches:]]
     return float(jax.lax.rsqrt(second - first**2)), sum(quality) / batches
 
 

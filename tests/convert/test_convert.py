@@ -287,5 +287,5 @@ def test_command(tmp_path):
         ([], "exists; choose another place"),
     ):
         failed = run(app, [str(source), str(tmp_path / "out"), *arguments])
-        assert failed.exit_code == 1
+        assert failed.exit_code == 2
         assert message in failed.output

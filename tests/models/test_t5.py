@@ -11,6 +11,8 @@ from flax import nnx
 from sixbit_jax.config import T5Config
 from sixbit_jax.models.t5 import T5EncoderModel, relative_position_buckets
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = T5Config(vocab_size=50, d_model=24, d_kv=8, d_ff=32, num_layers=3, num_heads=2)
 IDS = jnp.array([[1, 2, 3, 4, 0, 0], [9, 8, 7, 6, 5, 49]])
 

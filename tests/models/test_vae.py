@@ -13,6 +13,8 @@ from sixbit_jax.config import VAEConfig
 from sixbit_jax.models import vae, vae_layers
 from sixbit_jax.models.vae import AutoencoderKLCogVideoX, mode, sample_moments, split_moments
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = VAEConfig(
     block_out_channels=(4, 8),
     down_block_types=("CogVideoXDownBlock3D",) * 2,
@@ -24,8 +26,6 @@ TINY = VAEConfig(
     sample_height=16,
     sample_width=16,
 )
-# Fast to compile; the results are compared with each other only.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def abstract(config=TINY, dtype=jnp.float32):
@@ -55,7 +55,7 @@ def model():
 
 def test_later_latents_do_not_change_earlier_frames(model):
     """And earlier ones, through the caches, do change the frames of later chunks."""
-    decode = quick_jit(model.decode)
+    decode = jax.jit(model.decode)
     z = normal(0, 1, 7, 2, 2, 3)
     one, other = decode(z), decode(z.at[:, 5:].add(1))
     np.testing.assert_array_equal(one[:, :9], other[:, :9])
@@ -64,7 +64,7 @@ def test_later_latents_do_not_change_earlier_frames(model):
 
 
 def test_later_frames_do_not_change_earlier_latents(model):
-    encode = quick_jit(model.encode)
+    encode = jax.jit(model.encode)
     x = normal(0, 1, 25, 4, 4, 3)
     one, other = encode(x), encode(x.at[:, 17:].add(1))
     np.testing.assert_array_equal(one[:, :9], other[:, :9])
@@ -74,12 +74,12 @@ def test_later_frames_do_not_change_earlier_latents(model):
 def test_scan_over_chunks_agrees_with_a_loop(model):
     """Same operations, compiled apart, so float32 rounding only: 1e-5 of values near 1."""
     z = normal(1, 2, 6, 2, 4, 3)
-    step = quick_jit(lambda z, cache: model.decoder(z, cache))
+    step = jax.jit(lambda z, cache: model.decoder(z, cache))
     frames, cache = [], None
     for start in (0, 2, 4):
         x, cache = step(z[:, start : start + 2], cache)
         frames.append(x)
-    np.testing.assert_allclose(quick_jit(model.decode)(z), np.concatenate(frames, axis=1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.decode)(z), np.concatenate(frames, axis=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("part", "frames"), [("encode", (16, 17, 80)), ("decode", (4, 5, 40))])
@@ -163,7 +163,7 @@ def test_tiles_of_the_identity_blend_to_the_input(size):
     """Blending weights sum to one: two float32 roundings, 2e-7 of values up to 4."""
     x = normal(3, 1, 2, *size, 3)
     sizes = {"tile": (5, 4), "stride": (4, 3), "tile_out": (5, 4), "stride_out": (4, 3)}
-    found = quick_jit(lambda x: vae._in_tiles(lambda tile: tile, x, **sizes))(x)
+    found = jax.jit(lambda x: vae._in_tiles(lambda tile: tile, x, **sizes))(x)
     np.testing.assert_allclose(found, x, atol=1e-6)
 
 
@@ -179,13 +179,13 @@ def test_group_norm_far_from_zero(mean):
     scale, bias = np.asarray(normal(5, 6)), np.asarray(normal(6, 6))
     wide = x.astype(np.float64).reshape(2, -1, 3, 2)
     wide = (wide - wide.mean((1, 3), keepdims=True)) / np.sqrt(wide.var((1, 3), keepdims=True) + 1e-6)
-    found = quick_jit(functools.partial(vae_layers.group_norm, groups=3, eps=1e-6))(x, scale, bias)
+    found = jax.jit(functools.partial(vae_layers.group_norm, groups=3, eps=1e-6))(x, scale, bias)
     tolerance = 1e-5 if not mean else 1e-4
     np.testing.assert_allclose(found, wide.reshape(x.shape) * scale + bias, atol=tolerance)
 
 
 def test_group_norm_gradient():
-    norm = quick_jit(functools.partial(vae_layers.group_norm, groups=2, eps=1e-6))
+    norm = jax.jit(functools.partial(vae_layers.group_norm, groups=2, eps=1e-6))
     check_grads(norm, (normal(7, 1, 2, 2, 2, 4), normal(8, 4), normal(9, 4)), order=1, modes=["rev"], rtol=2e-2)
 
 
@@ -212,7 +212,7 @@ def test_every_weight_is_trained(model):
     graph, params = nnx.split(model)
     x = normal(10, 1, 8, 4, 4, 3)
     for path, gradient in nnx.to_flat_state(
-        quick_jit(jax.grad(functools.partial(reconstruction_loss, graph)))(params, x)
+        jax.jit(jax.grad(functools.partial(reconstruction_loss, graph)))(params, x)
     ):
         assert np.isfinite(gradient[...]).all(), path
         assert np.any(gradient[...]), path

@@ -4,6 +4,7 @@ Reference weights and inputs are never stored. Both sides fill them from their n
 committed files hold only the list of weights (diffusers key -> shape) and the reference outputs.
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-REFERENCES = Path(os.environ.get("SIXBIT_REFERENCES", Path(__file__).parent / "references"))
+COMMITTED = Path(__file__).parent / "references"
+REFERENCES = Path(os.environ.get("SIXBIT_REFERENCES", COMMITTED))
+MINI_MODEL = Path(__file__).parents[2] / "sixbit_jax" / "assets" / "moving_mnist"
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -30,6 +33,20 @@ def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {key: weight(key, tuple(shape)) for key, shape in shapes.items()}
+
+
+def moving_square(frames: int, size: int) -> np.ndarray:
+    """A clip [1, frames, size, size, 3] in [-1, 1]: an orange square that crosses a black frame, with soft edges."""
+    axis, t = np.arange(size), np.linspace(0, 1, frames)[:, None]
+    along, across = (np.clip(size / 8 + 1 - abs(axis - size * path), 0, 1) for path in (0.2 + 0.6 * t, 0.7 - 0.3 * t))
+    mask = across[:, :, None, None] * along[:, None, :, None]
+    return (2 * mask * np.array([1, 0.5, 0.1]) - 1).astype(np.float32)[None]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every configuration and weight file below a folder, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def save(case: str, *, config: dict, shapes: Mapping[str, tuple[int, ...]], **outputs: np.ndarray) -> None:

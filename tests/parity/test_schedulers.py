@@ -18,12 +18,18 @@ CASES, _, REFERENCE = common.load("schedulers")
 TOLERANCE = 1e-6
 
 
+def name(case):
+    """The row of the table: the kind of scheduler, and whether its betas are of the published kind."""
+    kind, variant, _ = case.split("-")
+    return f"scheduler_{kind}" + (" (linear betas)" if variant == "linear" else "")
+
+
 def step_tolerance(case):
     return 3 * TOLERANCE if "linear" in case else TOLERANCE
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_matches(case):
+def test_every_step_matches(parity, case):
     config, steps = SchedulerConfig.from_dict(CASES[case]["scheduler"]), CASES[case]["steps"]
     schedule = schedulers.make_schedule(config, steps)
     timesteps, latents, estimates = (REFERENCE[f"{case}/{name}"] for name in ("timesteps", "latents", "estimates"))
@@ -36,13 +42,14 @@ def test_every_step_matches(case):
         output = jnp.asarray(common.values(f"output.{i}", x.shape))
         noise = jnp.asarray(common.values(f"noise.{i}", x.shape))
         found, state = step(schedule.row(i), output, state, jnp.asarray(latents[i]), noise)
-        assert common.relative_l2(found, latents[i + 1]) <= step_tolerance(case), f"step {i}"
+        parity.exact(f"{name(case)}, a step", found, latents[i + 1], step_tolerance(case))
         if schedule.stochastic:
-            assert common.relative_l2(state.old_pred_original_sample, estimates[i]) <= step_tolerance(case), f"step {i}"
+            estimate = state.old_pred_original_sample
+            parity.exact(f"{name(case)}, an estimate", estimate, estimates[i], step_tolerance(case))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whole_run_matches(case):
+def test_whole_run_matches(parity, case):
     """Each step fed by our own last one: the steps contract, so errors stay below twice one step's."""
     config, steps = SchedulerConfig.from_dict(CASES[case]["scheduler"]), CASES[case]["steps"]
     schedule = schedulers.make_schedule(config, steps)
@@ -58,7 +65,7 @@ def test_whole_run_matches(case):
         return schedulers.step(row, output, state, x, noise=noise), None
 
     (x, _), _ = jax.lax.scan(body, (x, schedulers.init_state(schedule, x)), (schedule, outputs, noises))
-    assert common.relative_l2(x, REFERENCE[f"{case}/latents"][-1]) <= 2 * step_tolerance(case)
+    parity.exact(f"{name(case)}, a run", x, REFERENCE[f"{case}/latents"][-1], 2 * step_tolerance(case))
 
 
 @pytest.mark.parametrize("variant", ["2b", "linear"])

@@ -43,17 +43,17 @@ def test_there_are_cases():
 
 @pytest.mark.parametrize("masking", ["plain", "masked"])
 @pytest.mark.parametrize("case", CASES)
-def test_float32(case, masking):
+def test_float32(parity, case, masking):
     wanted, found = run(case, masking, jnp.float32)
-    assert common.relative_l2(found, wanted[masking]) <= 1e-5
+    parity.exact(case, found, wanted[masking], 1e-5)
 
 
 @pytest.mark.parametrize("masking", ["plain", "masked"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES)
-def test_16_bits(case, masking, dtype):
+def test_16_bits(parity, case, masking, dtype):
     wanted, found = run(case, masking, jnp.dtype(dtype))
-    assert common.relative_l2(found, wanted[masking]) <= 2 * wanted[f"{masking}_{dtype}_error"]
+    parity.half(case, found, wanted[masking], wanted[f"{masking}_{dtype}_error"], dtype)
 
 
 @pytest.mark.parametrize("case", CASES)

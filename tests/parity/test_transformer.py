@@ -48,15 +48,15 @@ def test_there_are_cases():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32(case):
+def test_float32(parity, case):
     wanted, found = run(case, jnp.float32)
-    assert common.relative_l2(found, wanted["output"]) <= 1e-5
+    parity.exact(case, found, wanted["output"], 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16(case):
+def test_bfloat16(parity, case):
     wanted, found = run(case, jnp.bfloat16)
-    assert common.relative_l2(found, wanted["output"]) <= 2 * wanted["bfloat16_error"]
+    parity.half(case, found, wanted["output"], wanted["bfloat16_error"])
 
 
 @pytest.mark.parametrize("case", CASES)

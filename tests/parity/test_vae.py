@@ -51,17 +51,17 @@ def test_there_are_cases():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32(case):
+def test_float32(parity, case):
     wanted, moments, decoded = both_ways(case, jnp.float32)
-    assert common.relative_l2(moments, wanted["moments"]) <= TOLERANCE
-    assert common.relative_l2(decoded, wanted["decoded"]) <= TOLERANCE
+    parity.exact(f"{case}: encode", moments, wanted["moments"], TOLERANCE)
+    parity.exact(f"{case}: decode", decoded, wanted["decoded"], TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["vae_13_frames", "vae_24_frames"])
-def test_bfloat16(case):
+@pytest.mark.parametrize("case", ["vae_13_frames", "vae_24_frames", "vae_4_levels_49_frames"])
+def test_bfloat16(parity, case):
     wanted, moments, decoded = both_ways(case, jnp.bfloat16)
-    assert common.relative_l2(moments, wanted["moments"]) <= 2 * wanted["moments_bfloat16_error"]
-    assert common.relative_l2(decoded, wanted["decoded"]) <= 2 * wanted["decoded_bfloat16_error"]
+    parity.half(f"{case}: encode", moments, wanted["moments"], wanted["moments_bfloat16_error"])
+    parity.half(f"{case}: decode", decoded, wanted["decoded"], wanted["decoded_bfloat16_error"])
 
 
 @pytest.mark.parametrize("case", ["vae_quant", "vae_13_frames"])

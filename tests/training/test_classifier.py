@@ -8,6 +8,8 @@ from flax import nnx
 
 from sixbit_jax.training import classifier, data
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def held_out():

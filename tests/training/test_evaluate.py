@@ -10,6 +10,8 @@ from flax import nnx
 
 from sixbit_jax.training import classifier, data, evaluate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def judge_model():

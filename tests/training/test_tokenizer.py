@@ -16,6 +16,8 @@ from sixbit_jax.training.tokenizer import (
     caption_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from sixbit_jax.training import data, diffusion, loop, recipe, vae
 from sixbit_jax.training.__main__ import app
 from sixbit_jax.training.tokenizer import EOS_ID, PAD_ID, UNK_ID, build_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RUNS = Path(__file__).parents[2] / "benchmarks" / "mini_model" / "run"
 OPTIMIZER = recipe.OptimizerRecipe(learning_rate=0.1, warmup_steps=4, batch=2, steps_per_call=2, ema_decay=0.9)
 TINY_VAE = dataclasses.replace(
     recipe.MINI_VAE,
@@ -47,14 +51,6 @@ TINY_DIFFUSION = recipe.DiffusionRecipe(
     refresh_clips=4,
     encode_batch=2,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Everything here is tiny, so compiling takes longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -107,6 +103,16 @@ def test_mini_model_fits_the_repository():
     assert recipe.MINI_VAE.latent_channels == transformer.in_channels == transformer.out_channels
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [(vae.NAME, recipe.VAERecipe()), (diffusion.NAME, recipe.DiffusionRecipe())]
+)
+def test_the_bundled_model_was_trained_with_this_recipe(name, settings):
+    run = json.loads((RUNS / f"{name}.json").read_text())
+    assert json.loads(json.dumps(dataclasses.asdict(settings))) == run["recipe"]
+    last = json.loads((RUNS / f"{name}.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == run["steps"]
+
+
 def test_learning_rate_warms_up_by_steps_and_falls_by_budget():
     np.testing.assert_allclose(loop.learning_rates(OPTIMIZER, 0, 0.0), [0.025, 0.05], rtol=1e-6)
     np.testing.assert_allclose(loop.learning_rates(OPTIMIZER, 2, 0.0), [0.075, 0.1], rtol=1e-6)
@@ -139,6 +145,39 @@ def test_update_is_adamw_with_an_average():
         np.testing.assert_allclose(state.average[name], average[name], rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
     assert int(state.step) == 2
+
+
+def test_muon_updates_the_matrices_of_blocks_and_adam_all_else():
+    """The first step. Muon: the gradient's singular vectors, each layer's own, and one size for all singular values."""
+    settings = dataclasses.replace(OPTIMIZER, muon=True, weight_decay=0.0, clip_norm=1e9)
+    shapes = {
+        "transformer": {
+            "blocks": {"attn_in": {"kernel": (2, 6, 18), "bias": (2, 18)}, "norm1": {"linear": {"kernel": (2, 5, 36)}}},
+            "proj_out": {"kernel": (6, 4)},
+        }
+    }
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    gradients = jax.tree.map(
+        lambda shape: jax.random.normal(next(keys), shape), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    optimizer = loop.make_optimizer(settings)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    updates, gradients = loop.named_leaves(updates), loop.named_leaves(gradients)
+    name = "transformer.blocks.attn_in.kernel"
+    for update, gradient in zip(np.asarray(updates.pop(name)), np.asarray(gradients.pop(name)), strict=True):
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        # of root mean square 0.2, as Adam's updates: 0.2 * sqrt(larger side), if all singular values are equal
+        turned = left.T @ update @ right.T / (0.2 * np.sqrt(18))
+        # Five Newton-Schulz steps bring a singular value into 0.7 to 1.2, and keep vectors to rounding.
+        sizes = np.diag(turned)
+        assert ((sizes > 0.65) & (sizes < 1.25)).all()
+        np.testing.assert_allclose(turned - np.diag(sizes), 0, atol=1e-4)
+    assert len(updates) == 3
+    for name, update in updates.items():
+        # Adam's first step is the sign, which Nesterov's look-ahead lengthens by b1 (1 - b1) / (1 - b1 ** 2).
+        wanted = (1 + 0.9 * 0.1 / (1 - 0.81)) * np.sign(gradients[name])
+        np.testing.assert_allclose(update, wanted, rtol=1e-5, err_msg=name)
 
 
 def test_a_step_without_finite_gradients_changes_nothing_else():

@@ -1,0 +1,1 @@
+"""What every operation shares: the formats, their codecs, and how an implementation is chosen."""
