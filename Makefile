@@ -16,10 +16,10 @@ OLDEST_JAX = $(shell sed -n 's/^  "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 	touch $@
 
 demo: .venv/.installed
-	.venv/bin/sixbit generate --model mini --prompt "a red 3 moves left slowly" --out $(OUT)/demo.mp4
+	.venv/bin/sixbit generate --model mini --prompt "a red 3 moves left fast" --out $(OUT)/demo.mp4
 
 test: .venv/.installed
-	.venv/bin/python -m pytest tests -n 2
+	.venv/bin/python -m pytest tests -n 2 --dist worksteal
 
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
@@ -28,7 +28,7 @@ test: .venv/.installed
 
 # What depends most on JAX, with the oldest version of it.
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -n 2 tests/models tests/sampling tests/test_checkpoint.py
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests/models tests/sampling tests/test_checkpoint.py
 
 .venv-parity/.installed: tests/parity/requirements.txt
 	$(PARITY_PYTHON) -m venv .venv-parity

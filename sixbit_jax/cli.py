@@ -100,13 +100,14 @@ def _interruptible[R](function: Callable[[], R]) -> R:
     Ctrl-C ends the process at once, with exit code 130: XLA cannot stop a program that runs, and nothing is half
     written yet.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(function)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            typer.echo("\ninterrupted", err=True)
-            os._exit(130)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        return pool.submit(function).result()
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted", err=True)
+        os._exit(130)
+    finally:
+        pool.shutdown(wait=False)
 
 
 app.command("convert")(convert)

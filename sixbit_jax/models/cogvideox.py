@@ -171,6 +171,7 @@ class CogVideoXTransformer3DModel(nnx.Module):
         config = self.config
         if (ofs is None) != (config.ofs_embed_dim is None):
             raise ValueError(f"ofs must be given exactly for models with ofs_embed_dim; here {config.ofs_embed_dim=}")
+        f, h, w = grid = self.token_grid(hidden_states.shape)
         sinusoids = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         temb = positions.timestep_embedding(timestep, config.inner_dim, **sinusoids)
         temb = self.time_embedding(temb.astype(self.dtype))
@@ -178,7 +179,6 @@ class CogVideoXTransformer3DModel(nnx.Module):
             offset = positions.timestep_embedding(ofs, config.ofs_embed_dim, **sinusoids)
             temb = temb + self.ofs_embedding(offset.astype(self.dtype))
 
-        f, h, w = grid = self.token_grid(hidden_states.shape)
         batch, _, channels, _, _ = hidden_states.shape
         p, pt = config.patch_size, config.patch_size_t or 1
         patches = hidden_states.astype(self.dtype).reshape(batch, f, pt, channels, h, p, w, p)

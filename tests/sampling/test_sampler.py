@@ -86,6 +86,25 @@ def test_vmap_over_seeds_equals_separate_runs(transformer, kind):
     np.testing.assert_allclose(jax.vmap(run)(latents, keys), separate, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("over", ["guidance", "prompts"])
+def test_vmap_over_guidance_and_prompts_equals_separate_runs(transformer, over):
+    schedule, scale, latents, conditioning = arguments(KINDS[1])
+
+    def run(factor, text):
+        changed = conditioning.replace(prompt_embeds=text)
+        return sampler.sample(transformer, schedule, scale * factor, latents, changed)
+
+    factors, texts = jnp.asarray([0.5, 1.0]), jnp.stack([conditioning.prompt_embeds, -conditioning.prompt_embeds])
+    axes, given = ((0, None), (factors, texts[0])) if over == "guidance" else ((None, 0), (factors[1], texts))
+    found, trace = jax.vmap(run, in_axes=axes)(*given)
+    for i in range(2):
+        wanted, wanted_trace = run(*(x if axis is None else x[i] for x, axis in zip(given, axes, strict=True)))
+        # The batched products sum in another order.
+        np.testing.assert_allclose(found[i], wanted, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(trace.guidance_scale[i], wanted_trace.guidance_scale, rtol=1e-6)
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_video_does_not_depend_on_its_neighbours(transformer, kind):
     schedule, scale, latents, conditioning = arguments(kind)
