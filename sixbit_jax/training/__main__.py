@@ -34,6 +34,10 @@ Checkpoints = Annotated[
 ]
 
 
+def _command() -> str:
+    return f"python -m sixbit_jax.training {shlex.join(sys.argv[1:])}"
+
+
 def _run(name: str, out: Path, checkpoints: Path | None, settings: Any, train: Any, **values: Any) -> None:
     """Trains with `train(outputs)`, keeping `<name>.json` beside the weights: what was run, where and for how long."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -41,7 +45,7 @@ def _run(name: str, out: Path, checkpoints: Path | None, settings: Any, train: A
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     info = {
-        "command": f"python -m sixbit_jax.training {shlex.join(sys.argv[1:])}",
+        "command": _command(),
         "device": jax.devices()[0].device_kind,
         "versions": {p: version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")},
         "recipe": dataclasses.asdict(settings),
@@ -172,6 +176,7 @@ def evaluate(
             "guidance scale": guidance_scale,
             "DDIM steps": num_inference_steps,
             "sampling seed": seed,
+            "judged by": _command(),
             **{
                 f"{name}: {key}": run[key]
                 for name, run in runs.items()
