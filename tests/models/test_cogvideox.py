@@ -8,6 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from sixbit_jax.config import TransformerConfig
@@ -17,19 +18,7 @@ from sixbit_jax.models.layers import LayerNorm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = TransformerConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_layers=2,
-    time_embed_dim=16,
-    text_embed_dim=12,
-    in_channels=4,
-    out_channels=4,
-    sample_width=4,
-    sample_height=4,
-    sample_frames=9,
-    use_rotary_positional_embeddings=True,
-)
+CONFIG = tiny.TRANSFORMER
 
 
 def build(dtype=jnp.float32, **changes):

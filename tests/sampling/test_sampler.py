@@ -4,26 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
-from sixbit_jax.config import SchedulerConfig, TransformerConfig
+from sixbit_jax.config import SchedulerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.sampling import sampler, schedulers
 
-CONFIG = TransformerConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_layers=2,
-    time_embed_dim=16,
-    text_embed_dim=12,
-    in_channels=4,
-    out_channels=4,
-    sample_width=4,
-    sample_height=4,
-    sample_frames=9,
-    use_rotary_positional_embeddings=True,
-)
+CONFIG = tiny.TRANSFORMER
 STEPS = 4
 KINDS = ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"]
 
