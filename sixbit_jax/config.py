@@ -203,7 +203,11 @@ class T5Config(_Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(_Config):
-    """`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler` of diffusers, told apart by `class_name`."""
+    """`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler` of diffusers, told apart by `class_name`.
+
+    Betas are "scaled_linear", as in every published CogVideoX file. The other schedule of diffusers, "linear", is
+    refused: diffusers makes its coefficients in float32, so nobody's steps would be those of the equations.
+    """
 
     class_name: str = "CogVideoXDDIMScheduler"
     num_train_timesteps: int = 1000
@@ -224,7 +228,7 @@ class SchedulerConfig(_Config):
     def __post_init__(self) -> None:
         self._require(
             class_name=("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
-            beta_schedule=("linear", "scaled_linear"),
+            beta_schedule=("scaled_linear",),
             trained_betas=(None,),
             prediction_type=("epsilon", "sample", "v_prediction"),
             timestep_spacing=("linspace", "leading", "trailing"),

@@ -68,14 +68,10 @@ def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, " train_steps"]
     """Cumulative product of alphas for every training timestep, after the SNR shift and the zero-SNR rescaling.
 
     Returns:
-        [num_train_timesteps] float64, decreasing in (0, 1), the last exactly 0 with `rescale_betas_zero_snr`. diffusers
-        too works in float64 for `scaled_linear`; for `linear` it works in float32, and its steps are 1e-6 less exact.
+        [num_train_timesteps] float64, decreasing in (0, 1), the last exactly 0 with `rescale_betas_zero_snr`.
     """
     steps = config.num_train_timesteps
-    if config.beta_schedule == "scaled_linear":
-        betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=np.float64) ** 2
-    else:
-        betas = np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64)
+    betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
     alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
     if config.rescale_betas_zero_snr:

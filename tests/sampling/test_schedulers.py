@@ -36,6 +36,12 @@ def run(schedule, latents, key):
     return jax.lax.scan(body, carry, (schedule, jax.random.split(key, steps)))[1]
 
 
+@pytest.mark.parametrize("change", [{"beta_schedule": "linear"}, {"trained_betas": (0.1, 0.2)}])
+def test_betas_of_another_kind_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        dataclasses.replace(DDIM, **change)
+
+
 @pytest.mark.parametrize("config", [DDIM, DPM], ids=["ddim", "dpm"])
 def test_scan_equals_python_loop(config):
     schedule = schedulers.make_schedule(config, 5)
