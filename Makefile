@@ -7,7 +7,7 @@ OUT ?= out
 # The oldest JAX that pyproject.toml allows; the newest is what .venv has.
 OLDEST_JAX = $(shell sed -n 's/^  "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-oldest lint format parity references clean
+.PHONY: demo test test-slow test-gpu test-oldest lint format parity references clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..."'
@@ -19,12 +19,29 @@ demo: .venv/.installed
 	.venv/bin/sixbit generate --model mini --prompt "a red 3 moves left fast" --out $(OUT)/demo.mp4
 
 test: .venv/.installed
+	.venv/bin/python -m pytest tests -n 2 --dist worksteal -m "not slow"
+
+# With every case of the interpreted kernels: half an hour more.
+test-slow: .venv/.installed
 	.venv/bin/python -m pytest tests -n 2 --dist worksteal
 
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)' --editable '.[dev]'
 	touch $@
+
+# On a machine with an NVIDIA GPU; writes benchmarks/results/test_gpu_<device>.json. GPU_PYTHON=... takes a Python that
+# has JAX for that GPU, NumPy, jaxtyping and pytest.
+GPU_PYTHON ?= .venv-gpu/bin/python
+CUDA ?= cuda13
+
+.venv-gpu/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,$(CUDA)]'
+	touch $@
+
+test-gpu: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.installed)
+	$(GPU_PYTHON) -m pytest tests/gpu --override-ini addopts= --import-mode=importlib -ra
 
 # What depends most on JAX, with the oldest version of it.
 test-oldest: .venv-oldest/.installed
@@ -55,4 +72,4 @@ format: .venv/.installed
 	.venv/bin/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-oldest .venv-parity out build dist *.egg-info
+	rm -rf .venv .venv-gpu .venv-oldest .venv-parity out build dist *.egg-info

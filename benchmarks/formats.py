@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common.xla import dequantize
+from pallas_kernels.nvfp4_cast import cast
 from pallas_kernels.rotate_quantize import reference, rotate_quantize
-from pallas_kernels.weight_to_int8 import weight_to_int8
 
 RESULTS = Path(__file__).parent / "results"
 NVFP4 = {"format": "nvfp4"}
@@ -104,7 +104,7 @@ def measure(rows: int, size: int, out: int) -> list[Row]:
             for activation, options in ACTIVATIONS.items():
                 array, _ = rotate_quantize(jnp.asarray(x), hadamard=hadamard, **options)
                 values = np.asarray(dequantize(array), np.float64)
-                read = [dequantize(weight_to_int8(s) if options["format"] == "int8" else s) for s in stored]
+                read = [dequantize(cast(s, to="int8") if options["format"] == "int8" else s) for s in stored]
                 errors = [relative_error(values @ np.asarray(w, np.float64).T, exact) for w in (rotated_weight, *read)]
                 measured.append(
                     Row(
@@ -127,10 +127,10 @@ def weight_errors(size: int, out: int) -> dict[str, float]:
     errors = {}
     for name, options in WEIGHTS.items():
         stored, _ = rotate_quantize(jnp.asarray(weight), hadamard=128, **options)
-        cast = dequantize(weight_to_int8(stored))
+        as_int8 = dequantize(cast(stored, to="int8"))
         errors[name] = relative_error(dequantize(stored), exact)
-        errors[f"{name} cast to int8"] = relative_error(cast, exact)
-        errors[f"{name} cast to int8, against {name}"] = relative_error(cast, dequantize(stored))
+        errors[f"{name} cast to int8"] = relative_error(as_int8, exact)
+        errors[f"{name} cast to int8, against {name}"] = relative_error(as_int8, dequantize(stored))
     direct, _ = rotate_quantize(jnp.asarray(weight), hadamard=128, format="int8")
     return errors | {"int8, not through nvfp4": relative_error(dequantize(direct), exact)}
 

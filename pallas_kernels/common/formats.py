@@ -17,6 +17,10 @@ reciprocal of the tensor scale.
 
 INT8 stores integers from -127 to 127 with one scale a row: value = float32(code) * scale.
 
+Tensor cores other than Blackwell's take neither NVFP4's codes nor its block scales. `CarriedArray` is what an NVFP4
+array becomes for them: E2M1(code) * E4M3(block scale) in a type they multiply, and one float32 scale a row. It is made
+on the way into a matmul and never stored.
+
 The array types are pytrees, whose leaves may be JAX or NumPy arrays, shapes, or placeholders of a transformation. So
 their fields are not checked on construction; `validate` checks them.
 """
@@ -25,8 +29,9 @@ import dataclasses
 import typing
 
 import jax
+import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float32, Int8, UInt8
+from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 BLOCK = 16
 """Values that share one E4M3 scale."""
@@ -52,6 +57,11 @@ MAX_CODE_UNITS = 2.0**16
 """Ceiling of |x| / tensor scale; anything over 6 * 448 saturates anyway."""
 
 HADAMARD_BLOCKS = (128, 64, 32)
+
+CARRIERS = {"exact": np.dtype(ml_dtypes.bfloat16), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""Type of `CarriedArray.codes` by the name of the carrier."""
+FP8_CARRIER_SHIFT = 2.0**-3
+"""What the fp8 carrier multiplies codes by: 6 * 448 would overflow E4M3, an eighth of it does not."""
 
 
 @typing.no_type_check
@@ -124,14 +134,59 @@ class Int8Array:
     def validate(self) -> None:
         """Raises ValueError, naming the field and its sizes, if an invariant does not hold."""
         _check_dtype(self, codes=np.int8, scale=np.float32)
-        if self.codes.ndim < 1 or self.codes.shape[-1] == 0:
-            raise ValueError(f"Int8Array: codes must be [..., K] with K positive, found {self.codes.shape}")
-        if self.scale.shape != self.codes.shape[:-1]:
+        _check_rows(self)
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CarriedArray:
+    """NVFP4 values [..., K] in a type that a tensor core multiplies: value = float32(code) * scale.
+
+    With u = E2M1(code) * E4M3(block scale) of the NVFP4 array:
+
+    carrier "exact": codes are u in bfloat16, which is exact; scale is the tensor scale of the row.
+    carrier "fp8": codes are u / 8 rounded to E4M3, nearest, ties to even: one more rounding, of at most 1/16 of the
+        value (or 2^-10, near zero); scale is 8 times the tensor scale. NaN stays NaN, and nothing overflows.
+
+    Attributes:
+        codes: bfloat16 or float8_e4m3fn [..., K].
+        scale: float32 [...].
+        hadamard: as in `NVFP4Array`.
+
+    The invariants, which `validate` checks: those shapes and dtypes, K positive, and `hadamard` one of 0, 32, 64, 128
+    that divides K.
+    """
+
+    codes: Float[Array, "*rows k"]
+    scale: Float32[Array, "*rows"]
+    hadamard: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, [..., K]."""
+        return self.codes.shape
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field and its sizes, if an invariant does not hold."""
+        if self.codes.dtype not in CARRIERS.values():
             raise ValueError(
-                f"Int8Array: codes {self.codes.shape} need one scale a row, {self.codes.shape[:-1]}, found"
-                f" {self.scale.shape}"
+                f"CarriedArray: codes must be {' or '.join(map(str, CARRIERS.values()))}, found {self.codes.dtype}"
             )
-        _check_hadamard(self, self.codes.shape[-1])
+        _check_dtype(self, scale=np.float32)
+        _check_rows(self)
+
+
+def check_operands(a: NVFP4Array | Int8Array | CarriedArray, b: NVFP4Array | Int8Array | CarriedArray) -> None:
+    """Raises ValueError, with the sizes, unless a [..., K] and b [N, K] are valid and can be multiplied."""
+    a.validate()
+    b.validate()
+    if len(b.shape) != 2 or a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"a must be [..., K] and b [N, K], found {a.shape} and {b.shape}")
+    if a.hadamard != b.hadamard:
+        raise ValueError(f"operands must be rotated alike, found hadamard={a.hadamard} and hadamard={b.hadamard}")
+    if 0 in (*a.shape, *b.shape):
+        raise ValueError(f"operands must not be empty, found {a.shape} and {b.shape}")
 
 
 def check_leading(shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
@@ -165,13 +220,22 @@ def hadamard_block(size: int, requested: int | None = None) -> int:
     return requested
 
 
-def _check_dtype(array: NVFP4Array | Int8Array, **wanted: type[np.generic]) -> None:
+def _check_rows(array: Int8Array | CarriedArray) -> None:
+    name, shape = type(array).__name__, array.codes.shape
+    if len(shape) < 1 or shape[-1] == 0:
+        raise ValueError(f"{name}: codes must be [..., K] with K positive, found {shape}")
+    if array.scale.shape != shape[:-1]:
+        raise ValueError(f"{name}: codes {shape} need one scale a row, {shape[:-1]}, found {array.scale.shape}")
+    _check_hadamard(array, shape[-1])
+
+
+def _check_dtype(array: NVFP4Array | Int8Array | CarriedArray, **wanted: type[np.generic]) -> None:
     for name, dtype in wanted.items():
         if (found := getattr(array, name).dtype) != dtype:
             raise ValueError(f"{type(array).__name__}: {name} must be {np.dtype(dtype)}, found {found}")
 
 
-def _check_hadamard(array: NVFP4Array | Int8Array, size: int) -> None:
+def _check_hadamard(array: NVFP4Array | Int8Array | CarriedArray, size: int) -> None:
     try:
         hadamard_block(size, array.hadamard)
     except ValueError as error:

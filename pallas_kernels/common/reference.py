@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pallas_kernels.common.formats import BLOCK, E2M1_VALUES, E4M3_MAX, E4M3_MIN, Int8Array, NVFP4Array
+from pallas_kernels.common.formats import BLOCK, E2M1_VALUES, E4M3_MAX, E4M3_MIN, CarriedArray, Int8Array, NVFP4Array
 
 E2M1_TABLE = np.array(E2M1_VALUES)
 
@@ -60,9 +60,9 @@ def in_code_units(array: NVFP4Array) -> np.ndarray:
     return codes * np.repeat(decode_e4m3(np.asarray(array.scales)), BLOCK, -1)
 
 
-def dequantize(array: NVFP4Array | Int8Array) -> np.ndarray:
+def dequantize(array: NVFP4Array | Int8Array | CarriedArray) -> np.ndarray:
     """Float32 [..., K]: the exact value, rounded once. A rotated array stays rotated."""
-    if isinstance(array, Int8Array):
+    if isinstance(array, Int8Array | CarriedArray):
         values, scale = np.asarray(array.codes, np.float64), np.asarray(array.scale)
     else:
         values, scale = in_code_units(array), np.asarray(array.tensor_scale)

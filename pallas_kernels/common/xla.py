@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from pallas_kernels.common.formats import BLOCK, E4M3_MAX, E4M3_MIN, E4M3_NAN, Int8Array, NVFP4Array
+from pallas_kernels.common.formats import BLOCK, E4M3_MAX, E4M3_MIN, E4M3_NAN, CarriedArray, Int8Array, NVFP4Array
 
 _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 """Halfway points between neighbouring E2M1 values, and whether the tie goes up, to the even code."""
@@ -80,13 +80,48 @@ def in_code_units(array: NVFP4Array) -> Float32[Array, "*rows k"]:
     return codes * jnp.repeat(decode_e4m3(array.scales), BLOCK, -1)
 
 
-def dequantize(array: NVFP4Array | Int8Array, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows k"]:
+def dequantize(array: NVFP4Array | Int8Array | CarriedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows k"]:
     """Values [..., K]: exact product, rounded once to float32, then to `dtype`. A rotated array stays rotated."""
-    if isinstance(array, Int8Array):
+    if isinstance(array, Int8Array | CarriedArray):
         values, scale = array.codes.astype(jnp.float32), array.scale
     else:
         values, scale = in_code_units(array), array.tensor_scale
     return (values * expand_to(scale, values.ndim)).astype(dtype)
+
+
+def reciprocal(values: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    """1 / values, correctly rounded, for normal positive values below 2^127.
+
+    A GPU's own division is an ulp off here and there, and codes that depend on it would differ from the definition.
+    """
+    bits = _bits(values)
+    mantissa = _from_bits((bits & 0x7FFFFF) | (127 << 23))
+    exponent = _from_bits((2 * 127 << 23) - (bits & (0xFF << 23)))
+    return nearest_reciprocal(mantissa, 1 / mantissa) * exponent
+
+
+def nearest_reciprocal(x: Float32[Array, "*n"], guess: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    """The float32 closest to 1 / x for x in [1, 2), from a guess that is at most 2 ulp off.
+
+    Halves of 12 bits make every product exact, so that what 1 - x * r leaves is nearly so, whether or not a compiler
+    fuses; one Newton step then leaves the nearest value or a neighbour of it.
+    """
+
+    def split(x: Float32[Array, "*n"]) -> tuple[Float32[Array, "*n"], Float32[Array, "*n"]]:
+        high = _from_bits(_bits(x) & ~0xFFF)
+        return high, x - high
+
+    x_high, x_low = split(x)
+
+    def left(r: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+        r_high, r_low = split(r)
+        return ((1 - x_high * r_high) - x_high * r_low - x_low * r_high) - x_low * r_low
+
+    best = guess + guess * left(guess)
+    for step in (-1, 1):
+        other = _from_bits(_bits(best) + step)
+        best = jnp.where(jnp.abs(left(other)) < jnp.abs(left(best)), other, best)
+    return best
 
 
 def expand_to(scale: Float32[Array, "*leading"], ndim: int) -> Float32[Array, "*expanded"]:

@@ -2,12 +2,25 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.choice import choose
-from pallas_kernels.common.formats import BLOCK, Int8Array, NVFP4Array, check_leading, hadamard_block
-from pallas_kernels.rotate_quantize import xla
+from pallas_kernels.common.choice import Implementation, choose, untested
+from pallas_kernels.common.formats import (
+    BLOCK,
+    CARRIERS,
+    CarriedArray,
+    Int8Array,
+    NVFP4Array,
+    check_leading,
+    hadamard_block,
+)
+from pallas_kernels.rotate_quantize import pallas_triton, xla
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
-IMPLEMENTATIONS = {"xla": xla.rotate_quantize}
+IMPLEMENTATIONS = {
+    "pallas_triton": Implementation(
+        run=pallas_triton.rotate_quantize, refusal=pallas_triton.refusal, passed_over=untested
+    ),
+    "xla": xla.rotate_quantize,
+}
 FORMATS = ("nvfp4", "int8")
 INPUT_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -20,8 +33,9 @@ def rotate_quantize(
     tensor_scale: Float[Array, "..."] | None = None,
     scale_dims: int = 0,
     four_over_six: bool = False,
+    carrier: str | None = None,
     implementation: str | None = None,
-) -> tuple[NVFP4Array | Int8Array, RowStatistics]:
+) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]:
     """Quantises x, an activation [..., K] or a weight [out, K]. `reference.py` defines every bit of the result.
 
     A block that holds a NaN or an infinity (after the rotation, which spreads one over its 128 values) gets a NaN
@@ -37,41 +51,69 @@ def rotate_quantize(
             their entries: 0 is one for all of x, x.ndim - 1 is one a row, which needs no pass over all of x first.
         four_over_six: NVFP4 only: each block takes amax/6 or amax/4 as its scale, whichever has the smaller squared
             error (arXiv 2512.02010).
-        implementation: "xla", or None for the best one here.
+        carrier: NVFP4 only: "exact" or "fp8" returns the CarriedArray that `nvfp4_cast` makes of the packed array, for
+            a matmul on tensor cores that don't take NVFP4; None returns the packed array.
+        implementation: a name in `IMPLEMENTATIONS`, or None for the best one here.
 
     Returns:
         (the quantised array, statistics of the unrotated rows).
 
     Raises:
-        ValueError: on an unknown format, implementation or dtype, a K that the blocks do not divide, an option that the
-            format does not have, or a tensor scale of the wrong shape.
+        ValueError: on an unknown format, carrier, implementation or dtype, a K that the blocks do not divide, an option
+            that the format does not have, or a tensor scale of the wrong shape.
+        NotImplementedError: if the named implementation can't do this call here.
     """
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; formats are {', '.join(FORMATS)}")
-    if x.dtype.name not in INPUT_DTYPES:
-        raise ValueError(f"x must be of {', '.join(INPUT_DTYPES)}, found {x.dtype.name}")
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(f"x must be [..., K] and not empty, found {x.shape}")
-    rows, size = x.shape[:-1], x.shape[-1]
-    if format == "int8":
-        if tensor_scale is not None or scale_dims or four_over_six:
-            raise ValueError("tensor_scale, scale_dims and four_over_six belong to format='nvfp4', not 'int8'")
-    else:
-        if size % BLOCK:
-            raise ValueError(f"NVFP4 blocks of {BLOCK} do not divide a contracting axis of {size} (x is {x.shape})")
-        if not 0 <= scale_dims <= len(rows):
-            raise ValueError(f"scale_dims={scale_dims} must be 0 to {len(rows)} for x of {x.shape}")
-        if tensor_scale is not None:
-            if scale_dims:
-                raise ValueError(f"pass tensor_scale or scale_dims={scale_dims}, not both")
-            if tensor_scale.dtype.name != "float32":
-                raise ValueError(f"tensor_scale must be float32, found {tensor_scale.dtype.name}")
-            check_leading(tensor_scale.shape, rows)
-    return choose("rotate_quantize", IMPLEMENTATIONS, implementation)(
-        x,
-        format=format,
-        hadamard=hadamard_block(size, hadamard),
+    check_format(
+        format,
+        x.shape,
+        x.dtype.name,
         tensor_scale=tensor_scale,
         scale_dims=scale_dims,
         four_over_six=four_over_six,
+        carrier=carrier,
     )
+    options = {
+        "format": format,
+        "hadamard": hadamard_block(x.shape[-1], hadamard),
+        "tensor_scale": tensor_scale,
+        "scale_dims": scale_dims,
+        "four_over_six": four_over_six,
+        "carrier": carrier,
+    }
+    return choose("rotate_quantize", IMPLEMENTATIONS, implementation, x, **options)(x, **options)
+
+
+def check_format(
+    format: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    tensor_scale: Float[Array, "..."] | None = None,
+    scale_dims: int = 0,
+    four_over_six: bool = False,
+    carrier: str | None = None,
+) -> None:
+    """Raises ValueError unless x of this shape and dtype can be quantised so; see `rotate_quantize`."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; formats are {', '.join(FORMATS)}")
+    if dtype not in INPUT_DTYPES:
+        raise ValueError(f"x must be of {', '.join(INPUT_DTYPES)}, found {dtype}")
+    if len(shape) == 0 or 0 in shape:
+        raise ValueError(f"x must be [..., K] and not empty, found {shape}")
+    rows, size = shape[:-1], shape[-1]
+    if format == "int8":
+        if tensor_scale is not None or scale_dims or four_over_six or carrier is not None:
+            raise ValueError("tensor_scale, scale_dims, four_over_six and carrier belong to format='nvfp4', not 'int8'")
+        return
+    if carrier not in (None, *CARRIERS):
+        raise ValueError(f"unknown carrier {carrier!r}; carriers are None, {', '.join(CARRIERS)}")
+    if size % BLOCK:
+        raise ValueError(f"NVFP4 blocks of {BLOCK} do not divide a contracting axis of {size} (x is {shape})")
+    if not 0 <= scale_dims <= len(rows):
+        raise ValueError(f"scale_dims={scale_dims} must be 0 to {len(rows)} for x of {shape}")
+    if tensor_scale is not None:
+        if scale_dims:
+            raise ValueError(f"pass tensor_scale or scale_dims={scale_dims}, not both")
+        if tensor_scale.dtype.name != "float32":
+            raise ValueError(f"tensor_scale must be float32, found {tensor_scale.dtype.name}")
+        check_leading(tensor_scale.shape, rows)

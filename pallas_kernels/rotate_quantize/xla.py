@@ -21,6 +21,7 @@ from pallas_kernels.common.formats import (
     INT8_MAX,
     MAX_CODE_UNITS,
     MIN_SCALE,
+    CarriedArray,
     Int8Array,
     NVFP4Array,
 )
@@ -31,13 +32,14 @@ from pallas_kernels.common.xla import (
     encode_e4m3_scale,
     expand_to,
     pack,
+    reciprocal,
 )
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-@functools.partial(jax.jit, static_argnames=("format", "hadamard", "scale_dims", "four_over_six"))
+@functools.partial(jax.jit, static_argnames=("format", "hadamard", "scale_dims", "four_over_six", "carrier"))
 def rotate_quantize(
     x: Float[Array, "*rows k"],
     *,
@@ -46,8 +48,11 @@ def rotate_quantize(
     tensor_scale: Float32[Array, "*leading"] | None = None,
     scale_dims: int = 0,
     four_over_six: bool = False,
-) -> tuple[NVFP4Array | Int8Array, RowStatistics]:
+    carrier: str | None = None,
+) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]:
     """See `api.rotate_quantize`; `hadamard` is a block size or 0."""
+    from pallas_kernels.nvfp4_cast.xla import cast  # it imports this module
+
     x = prepare(x)
     magnitude = jnp.abs(x)
     statistics = RowStatistics(sum_abs=magnitude.sum(-1), max_abs=magnitude.max(-1))
@@ -57,7 +62,7 @@ def rotate_quantize(
     array = quantize_nvfp4(
         rotated, tensor_scale=tensor_scale, scale_dims=scale_dims, four_over_six=four_over_six, hadamard=hadamard
     )
-    return array, statistics
+    return (array if carrier is None else cast(array, to=carrier)), statistics
 
 
 def prepare(x: Float[Array, "*rows k"]) -> Float32[Array, "*rows k"]:
@@ -84,7 +89,7 @@ def quantize_int8(x: Float32[Array, "*rows k"], *, hadamard: int = 0) -> Int8Arr
     """Symmetric INT8 of float32 rows."""
     finite, magnitude = _finite_magnitude(x)
     scale = jnp.maximum(magnitude.max(-1) * (1 / INT8_MAX), MIN_SCALE)
-    codes = jnp.round(jnp.where(finite, x, 0.0) * (1 / scale)[..., None])
+    codes = jnp.round(jnp.where(finite, x, 0.0) * reciprocal(scale)[..., None])
     bad = ~finite.all(-1)
     codes = jnp.where(bad[..., None], 0.0, jnp.clip(codes, -INT8_MAX, INT8_MAX)).astype(jnp.int8)
     return Int8Array(codes=codes, scale=jnp.where(bad, jnp.nan, scale), hadamard=hadamard)
@@ -104,7 +109,7 @@ def quantize_nvfp4(
         largest = E4M3_MAX_FOUR_OVER_SIX if four_over_six else E4M3_MAX
         tensor_scale = magnitude.max(tuple(range(scale_dims, x.ndim))) * (1 / (E2M1_MAX * largest))
     tensor_scale = jnp.maximum(tensor_scale, MIN_SCALE)
-    units = jnp.minimum(magnitude * expand_to(1 / tensor_scale, x.ndim), MAX_CODE_UNITS)
+    units = jnp.minimum(magnitude * expand_to(reciprocal(tensor_scale), x.ndim), MAX_CODE_UNITS)
 
     blocks = units.reshape(*x.shape[:-1], -1, BLOCK)
     amax = blocks.max(-1)

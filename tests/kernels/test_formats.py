@@ -47,6 +47,21 @@ def around(values):
     return np.concatenate([np.nextafter(values, F32(0)), values, np.nextafter(values, F32(np.inf))])
 
 
+@pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
+def test_reciprocals_are_correctly_rounded_whatever_the_device_divides(ulps):
+    """Every 16th float32 of [1, 2), each from a guess that is off by as much as a GPU's division may be."""
+    x = np.arange(2**23, 2**24, 16, dtype=np.uint32).astype(F32) / F32(2**23)
+    wanted = (1 / x.astype(np.float64)).astype(F32)
+    guess = (wanted.view(np.int32) + np.int32(ulps)).view(F32)
+    np.testing.assert_array_equal(jax.jit(xla.nearest_reciprocal)(x, guess), wanted)
+
+
+def test_reciprocals_of_all_magnitudes():
+    x = (2.0 ** np.random.default_rng(0).uniform(-100, 126, 10_000)).astype(F32)
+    x = np.concatenate([x, F32(2.0) ** np.arange(-126, 127, dtype=F32)])
+    np.testing.assert_array_equal(jax.jit(xla.reciprocal)(x), (1 / x.astype(np.float64)).astype(F32))
+
+
 def test_e4m3_scales_round_at_every_midpoint():
     table = reference.E4M3_TABLE[1:]
     values = np.clip(around(np.concatenate([table, (table[:-1] + table[1:]) / 2])), 2.0**-9, 448).astype(F32)

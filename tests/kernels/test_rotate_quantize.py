@@ -1,5 +1,6 @@
 """`rotate_quantize`: every implementation against the definition, bit for bit; the definition against its aims."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from quantized import differences, share_of_other_codes, unexplained
 
+from pallas_kernels.common import device, quantize_tile
 from pallas_kernels.common import reference as codecs
 from pallas_kernels.common import xla as xla_codecs
 from pallas_kernels.common.formats import NVFP4Array, hadamard_block
@@ -23,12 +26,39 @@ OPTIONS = {
     "nvfp4": {"format": "nvfp4"},
     "nvfp4 a row": {"format": "nvfp4", "scale_dims": 1},
     "nvfp4 4/6": {"format": "nvfp4", "four_over_six": True},
+    "nvfp4 exact": {"format": "nvfp4", "carrier": "exact"},
+    "nvfp4 fp8 4/6 a row": {"format": "nvfp4", "carrier": "fp8", "scale_dims": 1, "four_over_six": True},
 }
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
-    return functools.partial(rotate_quantize, implementation=request.param)
+    """Each of them; Pallas kernels are interpreted."""
+    with contextlib.nullcontext() if request.param == "xla" else device.interpret():
+        yield functools.partial(rotate_quantize, implementation=request.param)
+
+
+def check(found, x, hadamard, options):
+    """Equal to the definition in every byte; but a kernel that adds in another order is so for what it rotated to.
+
+    Where a rotated value lies within both bounds of a place where codes meet, either code may come: it is rare.
+    """
+    wanted, _ = reference.rotate_quantize(x, hadamard=hadamard, **options)
+    found.validate()
+    wanted.validate()
+    if differences(found, wanted) == []:
+        return
+    assert hadamard, differences(found, wanted)
+    x = reference.prepare(x)
+    assert share_of_other_codes(found, wanted) <= 2e-3
+    rotated = reference.rotate(x, hadamard)
+    a_row = options["format"] == "int8" or options.get("scale_dims") == x.ndim - 1
+    if not np.isfinite(rotated).all() or not a_row or "carrier" in options:
+        return
+    norms = np.linalg.norm(x.reshape(-1, hadamard).astype(np.float64), axis=-1)
+    bound = np.repeat(norms * (reference.ROTATION_BOUND + quantize_tile.ROTATION_BOUND), hadamard).reshape(x.shape)
+    four_over_six = options.get("four_over_six", False)
+    assert unexplained(found, rotated, bound, four_over_six=four_over_six) == []
 
 
 def inputs(dtype, shape=(ROWS, SIZE)):
@@ -61,22 +91,6 @@ def inputs(dtype, shape=(ROWS, SIZE)):
         return {name: values.astype(dtype) for name, values in cases.items()}
 
 
-def differences(found, wanted):
-    """Names of the fields in which two arrays differ by a byte, a dtype or a shape."""
-    names = []
-    for field in dataclasses.fields(wanted):
-        a, b = (np.asarray(getattr(array, field.name)) for array in (found, wanted))
-        if a.dtype != b.dtype or a.shape != b.shape:
-            names.append(field.name)
-        elif a.dtype == F32:
-            # One NaN is as good as another.
-            same = np.array_equal(np.isnan(a), np.isnan(b)) and np.nan_to_num(a).tobytes() == np.nan_to_num(b).tobytes()
-            names += [] if same else [field.name]
-        elif a.tobytes() != b.tobytes():
-            names.append(field.name)
-    return names
-
-
 def check_statistics(found, wanted, size):
     """Maxima exact. Sums: any order of K float32 additions, so K * 2^-24 relative, and infinite together."""
     np.testing.assert_array_equal(found.max_abs, wanted.max_abs)
@@ -89,12 +103,10 @@ def check_statistics(found, wanted, size):
 )
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_the_reference_in_every_byte(implementation, dtype, options, hadamard):
-    for name, x in inputs(dtype).items():
+    for x in inputs(dtype).values():
         found, statistics = implementation(jnp.asarray(x), hadamard=hadamard, **options)
-        wanted, wanted_statistics = reference.rotate_quantize(x, hadamard=hadamard, **options)
-        found.validate()
-        wanted.validate()
-        assert differences(found, wanted) == [], name
+        _, wanted_statistics = reference.rotate_quantize(x, hadamard=hadamard, **options)
+        check(found, x, hadamard, options)
         check_statistics(statistics, wanted_statistics, SIZE)
 
 
@@ -103,9 +115,8 @@ def test_equals_the_reference_in_every_byte(implementation, dtype, options, hada
 def test_every_shape(implementation, shape, options):
     x = np.random.default_rng(1).standard_normal((shape.rows, shape.size)).astype(F32)
     found, _ = implementation(jnp.asarray(x), **options)
-    wanted, _ = reference.rotate_quantize(x, **options, hadamard=found.hadamard)
     assert found.hadamard >= 32
-    assert differences(found, wanted) == []
+    check(found, x, found.hadamard, options)
 
 
 def test_every_full_size_operand_takes_blocks_of_128():
@@ -119,22 +130,22 @@ def test_given_tensor_scales_also_as_constants_under_jit(implementation, four_ov
     x = rng.standard_normal((ROWS, SIZE)).astype(F32)
     for factor in (1e-38, 1e-6, 3e-4, 1.7, 1e20):  # all saturated ... all zero
         scale = (factor * (1 + rng.random(leading))).astype(F32)
-        wanted, _ = reference.rotate_quantize(
-            x, format="nvfp4", hadamard=128, tensor_scale=scale, four_over_six=four_over_six
-        )
-        call = functools.partial(implementation, format="nvfp4", hadamard=128, four_over_six=four_over_six)
+        options = {"format": "nvfp4", "four_over_six": four_over_six}
+        call = functools.partial(implementation, hadamard=128, **options)
         found = call(jnp.asarray(x), tensor_scale=jnp.asarray(scale))[0]
-        assert differences(found, wanted) == [], factor
+        check(found, x, 128, options | {"tensor_scale": scale})
         if factor == 3e-4:
-            found, _ = jax.jit(functools.partial(call, tensor_scale=jnp.asarray(scale)))(jnp.asarray(x))
-            assert differences(found, wanted) == []
+            constant, _ = jax.jit(functools.partial(call, tensor_scale=jnp.asarray(scale)))(jnp.asarray(x))
+            assert differences(constant, found) == []
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_jit_vmap_and_batch_axes_give_the_same_bytes(implementation, options):
     x = np.random.default_rng(3).standard_normal((3, ROWS, 256)).astype("bfloat16")
     call = functools.partial(implementation, **options)
-    each = [reference.rotate_quantize(x[i], **options, hadamard=128)[0] for i in range(3)]
+    each = [call(jnp.asarray(x[i]))[0] for i in range(3)]
+    for found, rows in zip(each, x, strict=True):
+        check(found, rows, 128, options)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     assert differences(jax.jit(jax.vmap(call))(jnp.asarray(x))[0], stacked) == []
     if options["format"] == "nvfp4":
@@ -178,7 +189,7 @@ def test_a_power_of_two_changes_only_the_outer_scale(seed, power, options):
     x = np.random.default_rng(seed).standard_normal((2, 128)).astype(F32)
     one, _ = rotate_quantize(jnp.asarray(x), **options)
     other, _ = rotate_quantize(jnp.asarray(np.ldexp(x, power)), **options)
-    outer = "scale" if options["format"] == "int8" else "tensor_scale"
+    outer = "tensor_scale" if isinstance(one, NVFP4Array) else "scale"
     assert set(differences(one, other)) <= {outer}
     np.testing.assert_array_equal(np.ldexp(getattr(one, outer), power), getattr(other, outer))
 
@@ -316,12 +327,14 @@ def test_roundings_other_than_half_to_even_are_seen():
     ("shape", "options", "message"),
     [
         ((2, 128), {"format": "fp8"}, "unknown format 'fp8'; formats are nvfp4, int8"),
-        ((2, 128), {"format": "nvfp4", "implementation": "pallas_triton"}, "'pallas_triton'; this version offers xla"),
+        ((2, 128), {"format": "nvfp4", "implementation": "cuda"}, "'cuda'; this version offers pallas_triton, xla"),
         ((2, 48), {"format": "nvfp4"}, r"\(128, 64, 32\) divides a contracting axis of 48"),
         ((2, 40), {"format": "nvfp4", "hadamard": 0}, "16 do not divide a contracting axis of 40"),
         ((2, 192), {"format": "int8", "hadamard": 128}, "128 does not divide a contracting axis of 192"),
         ((2, 128), {"format": "int8", "hadamard": 48}, "hadamard=48"),
         ((2, 128), {"format": "int8", "four_over_six": True}, "belong to format='nvfp4'"),
+        ((2, 128), {"format": "int8", "carrier": "fp8"}, "belong to format='nvfp4'"),
+        ((2, 128), {"format": "nvfp4", "carrier": "bf16"}, "unknown carrier 'bf16'; carriers are None, exact, fp8"),
         ((2, 128), {"format": "int8", "scale_dims": 1}, "belong to format='nvfp4'"),
         ((2, 128), {"format": "nvfp4", "scale_dims": 2}, r"scale_dims=2 must be 0 to 1 for x of \(2, 128\)"),
         ((2, 128), {"format": "nvfp4", "tensor_scale": jnp.ones(3)}, r"\(2,\) of the rows, found \(3,\)"),

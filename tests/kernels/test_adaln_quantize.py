@@ -1,0 +1,188 @@
+"""`adaln_quantize`: every implementation against the definition, with the room that float32 sums need."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quantized import differences, share_of_other_codes, unexplained
+
+from pallas_kernels.adaln_quantize import adaln_quantize, reference, shapes
+from pallas_kernels.adaln_quantize.api import IMPLEMENTATIONS
+from pallas_kernels.common import device
+from pallas_kernels.rotate_quantize import reference as rotation
+
+F32 = np.float32
+OPTIONS = {
+    "int8": {"format": "int8"},
+    "nvfp4": {"format": "nvfp4"},
+    "nvfp4 4/6": {"format": "nvfp4", "four_over_six": True},
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    with contextlib.nullcontext() if request.param == "xla" else device.interpret():
+        yield functools.partial(adaln_quantize, implementation=request.param)
+
+
+def arguments(shape=shapes.SMALL[1], dtype="bfloat16", *, seed=0, offset=0.5, spread=1.0):
+    """(x, the other arrays and text_length and epsilon), in NumPy."""
+    rng = np.random.default_rng(seed)
+    x = offset + spread * rng.standard_normal((shape.batch, shape.tokens, shape.dim))
+    x *= np.where(rng.random(shape.dim) < 0.03, 20, 1)
+    vectors = {
+        "norm_scale": 1 + 0.2 * rng.standard_normal(shape.dim),
+        "norm_bias": 0.1 * rng.standard_normal(shape.dim),
+        "shift": 0.5 * rng.standard_normal((shape.batch, 2, shape.dim)),
+        "scale": 0.3 * rng.standard_normal((shape.batch, 2, shape.dim)),
+    }
+    vectors = {name: value.astype("bfloat16") for name, value in vectors.items()}
+    return x.astype(dtype), vectors | {"text_length": shape.text_length, "epsilon": 1e-5}
+
+
+def on_device(keywords):
+    return {name: jnp.asarray(v) if isinstance(v, np.ndarray) else v for name, v in keywords.items()}
+
+
+def rotated_and_bound(x, keywords, hadamard):
+    """The rotated rows of the definition, and how far an implementation may be from each value."""
+    y = reference.modulate(x, **keywords)
+    blocks = reference.modulation_bound(x, **keywords).reshape(-1, hadamard or 1)
+    if not hadamard:
+        return y, blocks.reshape(y.shape)
+    off = np.linalg.norm(blocks, axis=-1)
+    norm = np.linalg.norm(y.reshape(-1, hadamard).astype(np.float64), axis=-1)
+    # The other's rotation may be off as far as the definition's own.
+    bound = np.repeat(off + 2 * rotation.ROTATION_BOUND * norm, hadamard).reshape(y.shape)
+    return rotation.rotate(y, hadamard), bound
+
+
+@pytest.mark.parametrize("shape", shapes.SMALL, ids=lambda s: s.name)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_shape_is_explained_by_the_definition(implementation, shape, options):
+    x, keywords = arguments(shape)
+    found, statistics = implementation(jnp.asarray(x), **on_device(keywords), **options)
+    found.validate()
+    rotated, bound = rotated_and_bound(x, keywords, found.hadamard)
+    assert unexplained(found, rotated, bound, four_over_six=options.get("four_over_six", False)) == []
+    wanted, wanted_statistics = reference.adaln_quantize(x, **keywords, **options, hadamard=found.hadamard)
+    # A value within `bound` of where two codes meet may take either: about 1e-5 of all values.
+    assert share_of_other_codes(found, wanted) <= 2e-3
+    np.testing.assert_allclose(statistics.sum_abs, wanted_statistics.sum_abs, rtol=1e-5)
+    np.testing.assert_allclose(statistics.max_abs, wanted_statistics.max_abs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("hadamard", [0, 32, 128])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_dtype_and_rotation(implementation, dtype, hadamard, options):
+    x, keywords = arguments(dtype=dtype)
+    found, _ = implementation(jnp.asarray(x), **on_device(keywords), **options, hadamard=hadamard)
+    assert found.hadamard == hadamard
+    rotated, bound = rotated_and_bound(x, keywords, hadamard)
+    assert unexplained(found, rotated, bound, four_over_six=options.get("four_over_six", False)) == []
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(100.0, 1.0), (0.0, 1e-4), (0.0, 1e4)])
+def test_rows_far_from_zero_or_of_any_size(implementation, offset, spread):
+    """A mean a hundred times the deviation loses bits, as the bound says; a one-pass variance would lose them all."""
+    x, keywords = arguments(dtype="float32", offset=offset, spread=spread)
+    found, _ = implementation(jnp.asarray(x), **on_device(keywords), format="int8")
+    assert unexplained(found, *rotated_and_bound(x, keywords, 128)) == []
+
+
+@pytest.mark.parametrize("carrier", ["exact", "fp8"])
+@pytest.mark.parametrize("four_over_six", [False, True])
+def test_a_carrier_is_the_cast_of_the_packed_array(implementation, carrier, four_over_six):
+    from pallas_kernels.nvfp4_cast.reference import cast
+
+    x, keywords = arguments()
+    call = functools.partial(implementation, jnp.asarray(x), **on_device(keywords), format="nvfp4")
+    packed, statistics = call(four_over_six=four_over_six)
+    carried, same_statistics = call(four_over_six=four_over_six, carrier=carrier)
+    carried.validate()
+    assert differences(carried, cast(jax.tree.map(np.asarray, packed), to=carrier)) == []
+    assert differences(same_statistics, statistics) == []
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_non_finite_rows_are_nan_and_others_untouched(implementation, options):
+    x, keywords = arguments(dtype="float32")
+    broken = x.copy()
+    broken[0, 2, 5], broken[1, 0, 100], broken[1, 6, 0] = np.nan, np.inf, -np.inf
+    bad = np.zeros(x.shape[:2], bool)
+    bad[0, 2] = bad[1, 0] = bad[1, 6] = True
+    call = functools.partial(implementation, **on_device(keywords), **options)
+    (found, statistics), (sound, _) = call(jnp.asarray(broken)), call(jnp.asarray(x))
+    scale = np.asarray(found.scale if options["format"] == "int8" else found.scales)
+    nan = np.isnan(scale) if options["format"] == "int8" else (scale == 0x7F).all(-1)
+    np.testing.assert_array_equal(nan, bad)
+    assert (np.asarray(found.codes)[bad] == 0).all()
+    np.testing.assert_array_equal(np.asarray(found.codes)[~bad], np.asarray(sound.codes)[~bad])
+    assert not np.isfinite(np.asarray(statistics.max_abs))[bad].any()
+    assert not np.isfinite(np.asarray(statistics.sum_abs))[bad].any()
+
+
+def test_jit_and_vmap_give_the_same_bytes(implementation):
+    x, keywords = arguments()
+    arrays = {name: value for name, value in on_device(keywords).items() if not isinstance(value, int | float)}
+    fixed = {name: value for name, value in keywords.items() if name not in arrays}
+    call = functools.partial(implementation, **fixed, format="nvfp4")
+    one, _ = call(jnp.asarray(x), **arrays)
+    stacked = {name: jnp.stack([value, value]) for name, value in arrays.items()}
+    two, _ = jax.jit(jax.vmap(lambda x, arrays: call(x, **arrays)))(jnp.stack([jnp.asarray(x)] * 2), stacked)
+    for entry in range(2):
+        assert differences(jax.tree.map(lambda leaf, entry=entry: leaf[entry], two), one) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        ("text and video swapped", lambda k: {"shift": k["shift"][:, ::-1], "scale": k["scale"][:, ::-1]}),
+        ("text a row longer", lambda k: {"text_length": k["text_length"] + 1}),
+        ("scale without its one", lambda k: {"scale": k["scale"].astype(F32) - 1}),
+        ("no shift", lambda k: {"shift": 0 * k["shift"]}),
+        ("no norm bias", lambda k: {"norm_bias": 0 * k["norm_bias"]}),
+        ("another epsilon", lambda k: {"epsilon": 1e-3}),
+        ("samples swapped", lambda k: {"scale": k["scale"][::-1]}),
+    ],
+)
+@pytest.mark.parametrize("format", ["int8", "nvfp4"])
+def test_mutations_are_not_explained(name, mutate, format):
+    x, keywords = arguments()
+    mutated, _ = reference.adaln_quantize(x, **(keywords | mutate(keywords)), format=format, hadamard=128)
+    rotated, bound = rotated_and_bound(x, keywords, 128)
+    assert unexplained(reference.adaln_quantize(x, **keywords, format=format, hadamard=128)[0], rotated, bound) == []
+    assert unexplained(mutated, rotated, bound) != []
+
+
+def test_a_16_bit_rounding_in_between_is_not_explained():
+    x, keywords = arguments()
+    y = reference.modulate(x, **keywords).astype("bfloat16")
+    rounded, _ = rotation.rotate_quantize(y, format="int8", hadamard=128)
+    assert unexplained(rounded, *rotated_and_bound(x, keywords, 128)) != []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.ones((3, 384))}, r"x must be \[batch, tokens, dim\], found \(3, 384\)"),
+        ({"norm_scale": jnp.ones(3)}, r"norm_scale must be \(384,\) for x of \(2, 7, 384\), found \(3,\)"),
+        ({"norm_bias": jnp.ones((1, 384))}, r"norm_bias must be \(384,\)"),
+        ({"shift": jnp.ones((2, 384))}, r"shift must be \(2, 2, 384\)"),
+        ({"scale": jnp.ones((1, 2, 384))}, r"scale must be \(2, 2, 384\) .* found \(1, 2, 384\)"),
+        ({"text_length": 8}, "text_length=8 must be 0 to 7"),
+        ({"format": "fp8"}, "unknown format 'fp8'"),
+        ({"format": "int8", "carrier": "fp8"}, "belong to format='nvfp4'"),
+        ({"carrier": "bf16"}, "unknown carrier 'bf16'; carriers are None, exact, fp8"),
+        ({"hadamard": 48}, "hadamard=48"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+    ],
+)
+def test_wrong_calls(change, message):
+    x, keywords = arguments()
+    with pytest.raises(ValueError, match=message):
+        adaln_quantize(**({"x": jnp.asarray(x), "format": "nvfp4"} | on_device(keywords) | change))
