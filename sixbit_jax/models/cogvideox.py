@@ -12,9 +12,13 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels.attention import attention
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models import positions
-from sixbit_jax.models.layers import LayerNorm, attention, stack
+from sixbit_jax.models.layers import LayerNorm, stack
+from sixbit_jax.models.linears import Linears, Modulation, PlainLinears
+
+PLAIN = PlainLinears()
 
 
 @struct.dataclass(kw_only=True)
@@ -50,14 +54,11 @@ class ModulatedNorm(nnx.Module):
         self.linear = nnx.Linear(conditioning, 6 * dim, **kw)
         self.norm = LayerNorm(dim, epsilon=eps, **kw)
 
-    def __call__(
-        self, x: Float[Array, "batch tokens dim"], context: BlockContext
-    ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, "batch tokens dim"]]:
-        """-> (normalised and modulated x, gate for every row)."""
-        modulation = jnp.split(self.linear(nnx.silu(context.temb))[:, None, :], 6, axis=-1)
-        is_text = jnp.arange(x.shape[1])[None, :, None] < context.text_length
-        shift, scale, gate = (jnp.where(is_text, modulation[i + 3], modulation[i]) for i in range(3))
-        return self.norm(x) * (1 + scale) + shift, gate
+    def modulation(self, context: BlockContext) -> Modulation:
+        """Shift, scale and gate of this forward pass."""
+        parts = jnp.split(self.linear(nnx.silu(context.temb)), 6, axis=-1)
+        shift, scale, gate = (jnp.stack([parts[i + 3], parts[i]], axis=1) for i in range(3))
+        return Modulation(shift=shift, scale=scale, gate=gate, text_length=context.text_length)
 
 
 class CogVideoXBlock(nnx.Module):
@@ -75,20 +76,24 @@ class CogVideoXBlock(nnx.Module):
         self.ff_in = nnx.Linear(d, 4 * d, **kw)
         self.ff_out = nnx.Linear(4 * d, d, **kw)
 
-    def attend(self, x: Float[Array, "batch tokens dim"], context: BlockContext) -> Float[Array, "batch tokens dim"]:
-        """Self-attention of normalised rows, up to and including the output projection."""
-        batch, tokens, _ = x.shape
-        query, key, value = jnp.split(self.attn_in(x).reshape(batch, tokens, 3 * self.heads, -1), 3, axis=2)
+    def attend(self, qkv: Float[Array, "batch tokens three_dim"], context: BlockContext) -> Float[Array, "..."]:
+        """Self-attention of projected rows -> [batch, tokens, dim], before the output projection."""
+        batch, tokens, _ = qkv.shape
+        query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * self.heads, -1), 3, axis=2)
         query, key = self.norm_q(query), self.norm_k(key)
         if context.rotary is not None:
             query, key = (positions.apply_rotary(z, *context.rotary) for z in (query, key))
-        return self.attn_out(attention(query, key, value).reshape(x.shape))
+        return attention(query, key, value).reshape(batch, tokens, -1)
 
-    def __call__(self, x: Float[Array, "batch tokens dim"], context: BlockContext) -> Float[Array, "batch tokens dim"]:
-        normed, gate = self.norm1(x, context)
-        x = x + gate * self.attend(normed, context)
-        normed, gate = self.norm2(x, context)
-        return x + gate * self.ff_out(nnx.gelu(self.ff_in(normed), approximate=True))
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], context: BlockContext, linears: Linears = PLAIN
+    ) -> Float[Array, "batch tokens dim"]:
+        """The residual stream after this block; `linears` computes its four sites."""
+        first, second = self.norm1.modulation(context), self.norm2.modulation(context)
+        qkv = linears.normed("attn_in", self.attn_in, x, self.norm1.norm, first)
+        x = linears.gated("attn_out", self.attn_out, self.attend(qkv, context), x, first)
+        hidden = linears.normed("ff_in", self.ff_in, x, self.norm2.norm, second, gelu=True)
+        return linears.gated("ff_out", self.ff_out, hidden, x, second)
 
 
 class PatchEmbed(nnx.Module):

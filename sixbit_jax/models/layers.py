@@ -1,33 +1,11 @@
 """Layers that more than one model uses."""
 
-import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _attention_implementation(dtype: jnp.dtype) -> str:
-    chosen = "cudnn" if jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16) else "xla"
-    logger.info("attention in %s runs on %s", dtype, chosen)
-    return chosen
-
-
-def attention(
-    query: Float[Array, "batch tokens heads head"],
-    key: Float[Array, "batch tokens heads head"],
-    value: Float[Array, "batch tokens heads head"],
-) -> Float[Array, "batch tokens heads head"]:
-    """Full softmax attention scaled by head ** -0.5: cuDNN for 16-bit inputs on a GPU, XLA otherwise (logged once)."""
-    implementation = _attention_implementation(query.dtype)
-    with jax.numpy_dtype_promotion("standard"):  # its XLA path promotes 16-bit logits to float32 implicitly
-        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
 
 
 class LayerNorm(nnx.Module):

@@ -1,0 +1,43 @@
+"""Full attention of every token to every token, in one operation."""
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention import pallas_mosaic_gpu, xla
+from pallas_kernels.common.choice import Implementation, choose
+
+IMPLEMENTATIONS = {
+    "pallas_mosaic_gpu": Implementation(run=pallas_mosaic_gpu.attention, refusal=pallas_mosaic_gpu.refusal),
+    "cudnn": Implementation(run=xla.cudnn_attention, refusal=xla.cudnn_refusal),
+    "xla": xla.attention,
+}
+
+
+def attention(
+    query: Float[Array, "..."],
+    key: Float[Array, "..."],
+    value: Float[Array, "..."],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "..."]:
+    """softmax(query key^T / sqrt(head)) value, for each sample and head.
+
+    Products of 16-bit arrays accumulate in float32; the softmax is float32, and its weights are rounded to the inputs'
+    dtype before they multiply the values.
+
+    Args:
+        query, key, value: [batch, tokens, heads, head], of one float dtype.
+        implementation: a name in `IMPLEMENTATIONS`, or None for the best one here.
+
+    Returns:
+        [batch, tokens, heads, head], in that dtype.
+
+    Raises:
+        ValueError: if shapes or dtypes differ; the message has them.
+        NotImplementedError: if an implementation is named that the device or the call rules out.
+    """
+    found = [f"{x.dtype}{list(x.shape)}" for x in (query, key, value)]
+    if query.ndim != 4 or len(set(found)) != 1 or not query.size:
+        raise ValueError(
+            f"query, key and value must be [batch, tokens, heads, head], alike and not empty, found {', '.join(found)}"
+        )
+    return choose("attention", IMPLEMENTATIONS, implementation, query, key, value)(query, key, value)
