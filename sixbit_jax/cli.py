@@ -1,4 +1,4 @@
-"""The `sixbit` command: convert a checkpoint, look at it, generate videos. JAX is imported by what needs it."""
+"""The `sixbit` command: convert a checkpoint, look at it, calibrate it, generate. JAX is imported by what needs it."""
 
 import concurrent.futures
 import contextlib
@@ -22,7 +22,7 @@ from sixbit_jax.command import run, shows_user_errors
 from sixbit_jax.errors import TruncatedPromptWarning
 
 app = typer.Typer(
-    help="Text to video from CogVideoX checkpoints: convert one, look at it, generate.",
+    help="Text to video from CogVideoX checkpoints: convert one, look at it, calibrate it, generate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -98,7 +98,7 @@ def _interruptible[R](function: Callable[[], R]) -> R:
     """Calls `function` in a thread, since Ctrl-C does not reach a main thread that waits for a compiled program.
 
     Ctrl-C ends the process at once, with exit code 130: XLA cannot stop a program that runs, and nothing is half
-    written yet.
+    written yet. SIGTERM likewise, with 143.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
@@ -106,8 +106,67 @@ def _interruptible[R](function: Callable[[], R]) -> R:
     except KeyboardInterrupt:
         typer.echo("\ninterrupted", err=True)
         os._exit(130)
+    except SystemExit as terminated:  # raised by our handler of SIGTERM, in this thread alone
+        os._exit(terminated.code)
     finally:
         pool.shutdown(wait=False)
+
+
+def _with_scheduler(pipe: Any, scheduler: Scheduler | None) -> Any:
+    """The pipeline with another sampler, if one is asked for."""
+    import dataclasses
+
+    if scheduler is None:
+        return pipe
+    return dataclasses.replace(pipe, scheduler=dataclasses.replace(pipe.scheduler, class_name=scheduler.class_name))
+
+
+def _summary_record(summary: Any) -> dict[str, Any]:
+    """What a run spent, as JSON takes it: NaN becomes null."""
+    import dataclasses
+    import math
+
+    values = {name: value for name, value in dataclasses.asdict(summary).items() if name != "videos"}
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
+
+
+def _summary_line(summary: Any) -> str:
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.route_shares.items())
+    return (
+        f"mean activation bits {summary.mean_bits:.2f} ({summary.mean_bits_computed:.2f} without skipped blocks)  "
+        f"blocks skipped {summary.skip_share:.1%}  work: {shares}"
+    )
+
+
+def _thresholds(policy: Any) -> dict[str, float]:
+    """Solved thresholds of a policy, by the part that has them."""
+    router = getattr(policy.router, "router", policy.router)
+    parts = {"error_threshold": router, "skip_threshold": policy.skipper}
+    return {name: float(part.threshold) for name, part in parts.items() if hasattr(part, "threshold")}
+
+
+TRACE_SUFFIXES = (".trace.npz", ".trace.png")
+"""Of the decisions of a quantised run: arrays [steps, blocks] or [steps, blocks, sites], and their picture."""
+
+
+def _save_trace(out: Path, trace: Any, group: int, *, title: str) -> None:
+    """Writes the trace of one video beside it."""
+    import dataclasses
+
+    import numpy as np
+
+    from sixbit_jax import trace_plot, video
+
+    arrays = {field.name: np.asarray(getattr(trace, field.name))[:, :, group] for field in dataclasses.fields(trace)}
+    with video.replacing(out.with_suffix(TRACE_SUFFIXES[0])) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    with video.replacing(out.with_suffix(TRACE_SUFFIXES[1])) as partial:
+        picture = partial.with_suffix(".png")
+        try:
+            trace_plot.save_trace(trace, picture, title=title, video=group)
+            picture.replace(partial)
+        finally:
+            picture.unlink(missing_ok=True)
 
 
 app.command("convert")(convert)
@@ -131,9 +190,22 @@ def generate(
     dtype: DType = DType.bfloat16,
     fps: Annotated[int, typer.Option(min=1)] = 8,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles; less memory.")] = False,
+    quantization: Annotated[
+        str | None, typer.Option(help="w4a16, int8, nvfp4 or sixbit; default: the model as it is.")
+    ] = None,
+    target_mean_bits: Annotated[
+        float | None, typer.Option(help="Of sixbit: mean activation bits, skipped blocks counted as 0.")
+    ] = None,
+    target_skip: Annotated[float | None, typer.Option(help="Of sixbit: share of the blocks to skip.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Made by `sixbit calibrate`; default the one in the model's folder.")
+    ] = None,
     compilation_cache: Annotated[bool, typer.Option(help="Keep compiled programs between runs.")] = True,
 ) -> None:
-    """Generate one video for each prompt, and a JSON file beside each with every setting, version and stage time."""
+    """Generate one video for each prompt, and a JSON file beside each with every setting, version and stage time.
+
+    With --quantization, the decisions of every step are written too, as arrays (.trace.npz) and drawn (.trace.png).
+    """
     if out.suffix != ".mp4":
         raise typer.BadParameter(f"{out} must end in .mp4", param_hint="--out")
     import dataclasses
@@ -142,17 +214,29 @@ def generate(
 
     from sixbit_jax import video
     from sixbit_jax.pipeline import Pipeline
+    from sixbit_jax.precision.targets import QuantizationConfig
+
+    config = None if quantization is None else QuantizationConfig.named(quantization)
+    targets = {"target_mean_bits": target_mean_bits, "target_skip": target_skip}
+    if targets := {name: value for name, value in targets.items() if value is not None}:
+        if config is None:
+            raise typer.BadParameter(
+                "goes with --quantization", param_hint="--" + next(iter(targets)).replace("_", "-")
+            )
+        config = dataclasses.replace(config, **targets)
 
     outputs = _outputs(out, len(prompt))
     for path in outputs:
         video.check_writable(path)
-        video.check_writable(path.with_suffix(".json"))
+        for suffix in (".json",) if config is None else (".json", *TRACE_SUFFIXES):
+            video.check_writable(path.with_suffix(suffix))
     if compilation_cache:
         _enable_compilation_cache()
 
-    pipe = Pipeline.from_pretrained(model, dtype=dtype.value, vae_tiling=vae_tiling)
-    if scheduler is not None:
-        pipe = dataclasses.replace(pipe, scheduler=dataclasses.replace(pipe.scheduler, class_name=scheduler.class_name))
+    pipe = Pipeline.from_pretrained(
+        model, dtype=dtype.value, vae_tiling=vae_tiling, quantization=config, calibration=calibration
+    )
+    pipe = _with_scheduler(pipe, scheduler)
     own_frames, own_height, own_width = pipe.default_size
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -184,6 +268,7 @@ def generate(
             "dtype": dtype.value,
             "vae_tiling": vae_tiling,
             "compilation_cache": compilation_cache,
+            "quantization": None if config is None else {"name": quantization, **dataclasses.asdict(config)},
             "scheduler": pipe.scheduler.to_dict(),
             "seconds": {name: round(value, 4) for name, value in result.timings.items()},
             "latents_rms": [round(float(x), 6) for x in result.trace.latents_rms[:, i]],
@@ -191,10 +276,85 @@ def generate(
             "versions": _versions(),
             "command": sys.argv,
         }
+        if result.summary is not None:
+            position = i if len(result.summary.videos) > 1 else 0
+            record["summary"] = _summary_record(result.summary.videos[position])
+            record["thresholds"] = _thresholds(pipe.policy(num_inference_steps))
+            _save_trace(path, result.trace.precision, position, title=f"{quantization}: {prompt[i]}")
         with video.replacing(path.with_suffix(".json")) as partial:
             partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"wrote {path}")
+    if result.summary is not None:
+        typer.echo(_summary_line(result.summary))
     typer.echo("  ".join(f"{name} {value:.1f} s" for name, value in result.timings.items()))
+
+
+@app.command()
+@shows_user_errors
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line; typical of what will be generated.")],
+    model: Model = "mini",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; default calibration.safetensors in the model's folder.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="4k + 1; default the model's own.")] = None,
+    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", "--steps")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 6.0,
+    seed: Annotated[int, typer.Option(help="Of the noise of all videos.")] = 0,
+    scheduler: Annotated[Scheduler | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    dtype: DType = DType.bfloat16,
+    points: Annotated[int, typer.Option(help="How many of the prompts are run at each operating point.")] = 4,
+    hadamard: Annotated[int | None, typer.Option(help="Block of the rotation; default the largest that fits.")] = None,
+    four_over_six: Annotated[bool, typer.Option("--four-over-six", help="Two choices of scale a block.")] = False,
+    compilation_cache: Annotated[bool, typer.Option(help="Keep compiled programs between runs.")] = True,
+) -> None:
+    """Measure what each precision costs a model on some prompts; what --quantization sixbit decides by.
+
+    Ctrl-C leaves the file as it was.
+    """
+    from sixbit_jax import calibrate as calibration
+    from sixbit_jax import video
+    from sixbit_jax.pipeline import Pipeline, find_model
+    from sixbit_jax.precision.calibration import FILE_NAME
+    from sixbit_jax.precision.targets import QuantizationConfig
+
+    texts = calibration.read_prompts(prompts)
+    path = find_model(model) / FILE_NAME if out is None else out
+    try:
+        video.check_writable(path)
+    except OSError as error:
+        if out is None:
+            raise OSError(f"{error}; name another place with --out FILE, and use it with --calibration FILE") from error
+        raise
+    if compilation_cache:
+        _enable_compilation_cache()
+    config = QuantizationConfig(activations="16bit", hadamard=hadamard, four_over_six=four_over_six)
+    pipe = _with_scheduler(Pipeline.from_pretrained(model, dtype=dtype.value, quantization=config), scheduler)
+    with tqdm(total=calibration.work(len(texts), points), desc="calibrating", unit="run", disable=None) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        found = _interruptible(
+            lambda: calibration.calibrate(
+                pipe,
+                texts,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                num_frames=num_frames,
+                height=height,
+                width=width,
+                points=points,
+                progress=progress,
+            )
+        )
+    found.save(path)
+    typer.echo(str(found))
+    typer.echo(f"wrote {path}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 import warnings
@@ -23,8 +24,15 @@ from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.models.t5 import T5EncoderModel
 from sixbit_jax.models.vae import AutoencoderKLCogVideoX
+from sixbit_jax.precision import PrecisionPolicy, accounting
+from sixbit_jax.precision import calibration as calibrations
+from sixbit_jax.precision.accounting import Summary
+from sixbit_jax.precision.calibration import Calibration
+from sixbit_jax.precision.targets import QuantizationConfig, solve
+from sixbit_jax.qtensor import QuantLinear, quantize_model
 from sixbit_jax.sampling import sampler, schedulers
 
+logger = logging.getLogger(__name__)
 MINI_MODEL = Path(__file__).parent / "assets" / "moving_mnist"
 
 
@@ -39,12 +47,14 @@ class PipelineOutput:
         trace: what each step did, arrays with leading axis [num_inference_steps].
         timings: wall-clock seconds of each stage (`text_encoder`, `sampling`, `vae`), compilation included, and
             `compilation`, the part of their sum that went into tracing and compiling.
+        summary: mean activation bits, skip share and share of each route, of a quantised run; else None.
     """
 
     frames: UInt8[np.ndarray, "batch frames height width 3"] | None
     latents: Float[np.ndarray, "batch latent_frames channels h w"]
     trace: sampler.Trace
     timings: dict[str, float]
+    summary: Summary | None = None
 
 
 class _CompilationClock:
@@ -160,6 +170,8 @@ class Pipeline:
         vae, text_encoder, tokenizer: None where the checkpoint has none; then latents, or `prompt_embeds`, are all a
             call can return, or take.
         vae_tiling: decode in overlapping spatial tiles (less memory, for large frames).
+        quantization: how the transformer's linears are quantised and run; None runs them as they are.
+        calibration: measurements that the thresholds of `quantization` are solved from.
     """
 
     transformer: Split[CogVideoXTransformer3DModel]
@@ -168,27 +180,43 @@ class Pipeline:
     text_encoder: Split[T5EncoderModel] | None = None
     tokenizer: Any = None
     vae_tiling: bool = False
+    quantization: QuantizationConfig | None = None
+    calibration: Calibration | None = None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: Any = jnp.bfloat16, vae_tiling: bool = False) -> "Pipeline":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Any = jnp.bfloat16,
+        vae_tiling: bool = False,
+        quantization: str | QuantizationConfig | None = None,
+        calibration: str | Path | Calibration | None = None,
+    ) -> "Pipeline":
         """Loads a diffusers folder, or one made by `sixbit convert`.
 
         Args:
             path: the folder, or "mini" for the small trained model that ships with this package.
             dtype: compute and parameter dtype of all models.
             vae_tiling: see the class.
+            quantization: "w4a16" (weights only), "int8", "nvfp4" (activations on one route), "sixbit" (routed to a
+                mean of 6 bits, with the delta cache), or a `QuantizationConfig`. None leaves the model as it is.
+            calibration: a file of `sixbit calibrate`; None takes the one in the folder, if there is one.
 
         Raises:
             CheckpointError: if there is no such checkpoint, or it is not what it should be: says which file, key and
-                shape.
+                shape. Likewise if the calibration is of another model.
+            ArgumentError: if the quantization has an unknown name, or needs a calibration and there is none.
         """
+        if isinstance(quantization, str):
+            quantization = QuantizationConfig.named(quantization)
         folder = find_model(path)
         loaded = checkpoint.load(folder, dtype=dtype)
         if loaded.transformer is None or loaded.scheduler is None:
             held = ", ".join(loaded.info["components"]) or "no model"
             raise CheckpointError(f"{folder}: a pipeline needs a transformer and a scheduler; the folder holds {held}")
         try:
-            return cls(
+            pipe = cls(
                 transformer=Split.of(loaded.transformer),
                 scheduler=loaded.scheduler,
                 vae=loaded.vae and Split.of(loaded.vae),
@@ -198,6 +226,68 @@ class Pipeline:
             )
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error
+        if quantization is not None:
+            pipe = pipe.quantized(quantization)
+        return dataclasses.replace(pipe, calibration=pipe._find_calibration(folder, calibration))
+
+    def quantized(self, quantization: QuantizationConfig | None = None) -> "Pipeline":
+        """The pipeline with its block linears quantised, if they are not yet, and calls that run as configured.
+
+        Args:
+            quantization: None stores weights as a `QuantizationConfig` does by default, and runs the 16-bit route.
+
+        Raises:
+            ArgumentError: if the weights are stored quantised, and `quantization` says how to quantise them.
+            CheckpointError: if the format does not fit the model.
+        """
+        config = QuantizationConfig.named("w4a16") if quantization is None else quantization
+        if self.is_quantized:
+            if config.hadamard is not None or config.four_over_six:
+                raise ArgumentError(
+                    "the weights are quantised already: hadamard and four_over_six are what they were stored with"
+                )
+            return dataclasses.replace(self, quantization=config)
+        try:
+            model = quantize_model(
+                self.transformer.merge(), hadamard=config.hadamard, four_over_six=config.four_over_six
+            )
+        except ValueError as error:
+            raise CheckpointError(f"the transformer cannot be quantised: {error}") from error
+        return dataclasses.replace(self, transformer=Split.of(model), quantization=config)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the linears of the blocks are stored in NVFP4."""
+        return isinstance(self.transformer.merge().blocks.attn_in, QuantLinear)
+
+    def _find_calibration(self, folder: Path, given: str | Path | Calibration | None) -> Calibration | None:
+        """The calibration given, else the one in the folder. What it is of can be told if the model is quantised."""
+        transformer = self.transformer if self.is_quantized else None
+        if isinstance(given, Calibration):
+            given.check(self.transformer)
+            return given
+        if given is not None:
+            return Calibration.load(given, transformer)
+        own = folder / calibrations.FILE_NAME
+        if not own.is_file():
+            return None
+        try:
+            return Calibration.load(own, transformer)
+        except CheckpointError as error:
+            if self.quantization is not None and self.quantization.needs_calibration:
+                raise
+            logger.warning("not used: %s", error)
+            return None
+
+    def policy(self, num_inference_steps: int = 50) -> PrecisionPolicy | None:
+        """What decides the precision of calls with that number of steps; None where nothing is quantised.
+
+        Raises:
+            ArgumentError: if a target cannot be met (says what can), or a calibration is needed and there is none.
+        """
+        if self.quantization is None:
+            return None
+        return solve(self.quantization, self.calibration, num_inference_steps)
 
     def __post_init__(self) -> None:
         """Checks that the models fit each other.
@@ -261,8 +351,14 @@ class Pipeline:
             raise ArgumentError(f"{name}_embeds must be [batch, text, {width}], not {list(embeds.shape)}")
         return embeds
 
-    def _checked_texts(
-        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, guided: bool
+    def checked_texts(
+        self,
+        prompt: Any,
+        negative_prompt: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        *,
+        guided: bool,
     ) -> tuple[list[str] | jax.Array | np.ndarray, list[str] | jax.Array | np.ndarray | None]:
         """Validates the four text arguments and returns those to use, positive and negative, of equal batch size."""
         if (prompt is None) == (prompt_embeds is None):
@@ -295,7 +391,8 @@ class Pipeline:
             )
         return positive, negative
 
-    def _features(self, text: list[str] | jax.Array | np.ndarray) -> Float[Array, "batch text text_dim"]:
+    def encode(self, text: list[str] | jax.Array | np.ndarray) -> Float[Array, "batch text text_dim"]:
+        """Text features of prompts; features that are given instead, in the model's dtype."""
         if not isinstance(text, list):
             return jnp.asarray(text, self.transformer.merge().dtype)
         return encode_text(self.text_encoder, jnp.asarray(self.tokenize(text)))
@@ -365,7 +462,7 @@ class Pipeline:
         height = own[1] if height is None else height
         width = own[2] if width is None else width
         shape = self._latents_shape(num_frames, height, width)
-        texts = self._checked_texts(
+        texts = self.checked_texts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=guidance_scale > 1
         )
         batch = len(texts[0])
@@ -373,22 +470,25 @@ class Pipeline:
         if latents is not None and tuple(latents.shape) != (batch, *shape):
             raise ArgumentError(f"latents must be {[batch, *shape]} for this call, not {list(latents.shape)}")
         schedule = schedulers.make_schedule(self.scheduler, num_inference_steps)
+        policy = self.policy(num_inference_steps)
 
         timings: dict[str, float] = {}
         start = time.time()
         with _stage(timings, "text_encoder"):
-            positive, negative = jax.block_until_ready(
-                [None if text is None else self._features(text) for text in texts]
-            )
+            positive, negative = jax.block_until_ready([None if text is None else self.encode(text) for text in texts])
         with _stage(timings, "sampling"):
-            keys = video_keys(seed, batch)
-            conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
-            scale = schedulers.guidance_schedule(
-                guidance_scale, schedule.timesteps, num_inference_steps, use_dynamic_cfg
+            inputs = self.sampler_inputs(
+                positive,
+                negative,
+                video_keys(seed, batch),
+                shape,
+                schedule,
+                guidance_scale=guidance_scale,
+                use_dynamic_cfg=use_dynamic_cfg,
+                latents=latents,
             )
-            noise = initial_latents(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32)
             latents, trace = jax.block_until_ready(
-                sampler.sample(self.transformer, schedule, scale, noise, conditioning, on_step=on_step)
+                sampler.sample(self.transformer, *inputs, policy=policy, on_step=on_step)
             )
             jax.effects_barrier()
         trace = jax.device_get(trace)
@@ -396,17 +496,44 @@ class Pipeline:
 
         frames = None
         if output_type == "np":
-            padding = shape[0] - ((num_frames - 1) // self._compression[1] + 1)
             with _stage(timings, "vae"):
-                # One video at a time, so that memory does not grow with the batch.
-                frames = np.concatenate(
-                    [
-                        np.asarray(decode_latents(self.vae, latents[i : i + 1, padding:], tiled=self.vae_tiling))
-                        for i in range(batch)
-                    ]
-                )
+                frames = self.decode(latents, num_frames)
         timings["compilation"] = _compilation_clock.seconds_since(start)
-        return PipelineOutput(frames=frames, latents=np.asarray(latents), trace=trace, timings=timings)
+        summary = None
+        if trace.precision is not None:
+            summary = accounting.summary(trace.precision, self.transformer.merge().config)
+        return PipelineOutput(frames=frames, latents=np.asarray(latents), trace=trace, timings=timings, summary=summary)
+
+    def sampler_inputs(
+        self,
+        positive: Float[Array, "batch text text_dim"],
+        negative: Float[Array, "batch text text_dim"] | None,
+        keys: jax.Array,
+        shape: tuple[int, int, int, int],
+        schedule: schedulers.Schedule,
+        *,
+        guidance_scale: float,
+        use_dynamic_cfg: bool = False,
+        latents: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None,
+    ) -> tuple[schedulers.Schedule, sampler.PerStep, Float[Array, "..."], sampler.Conditioning]:
+        """What `sampler.sample` takes after the transformer: schedule, guidance, starting noise, conditioning."""
+        steps = len(schedule.timesteps)
+        scale = schedulers.guidance_schedule(guidance_scale, schedule.timesteps, steps, use_dynamic_cfg)
+        noise = initial_latents(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32)
+        conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
+        return schedule, scale, noise, conditioning
+
+    def decode(
+        self, latents: Float[Array, "batch f channels h w"], num_frames: int
+    ) -> UInt8[np.ndarray, "batch frames height width 3"]:
+        """The video of latents, one of a batch at a time, so that memory does not grow with the batch."""
+        padding = latents.shape[1] - ((num_frames - 1) // self._compression[1] + 1)
+        return np.concatenate(
+            [
+                np.asarray(decode_latents(self.vae, latents[i : i + 1, padding:], tiled=self.vae_tiling))
+                for i in range(latents.shape[0])
+            ]
+        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,69 @@
+"""The deltas that skipped blocks reuse: one for each block and group, in 16, 8 or 4 bits.
+
+A cache is one pytree whose leaves start with the axes [blocks, groups]. It lives in the carry of the scan over blocks;
+`write` updates one entry in place.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.common.formats import BLOCK, Int8Array, NVFP4Array
+from pallas_kernels.common.xla import dequantize
+from pallas_kernels.rotate_quantize import rotate_quantize
+from sixbit_jax.errors import ArgumentError
+
+FORMATS = ("16bit", "int8", "nvfp4")
+Cache = jax.Array | Int8Array | NVFP4Array
+
+
+def init(format: str, blocks: int, groups: int, shape: tuple[int, ...], dtype: Any) -> Cache:
+    """An empty cache for deltas of `shape` [rows, tokens, dim]; `dtype` is that of "16bit".
+
+    Raises:
+        ArgumentError: on an unknown format, or a dim that NVFP4's blocks do not divide.
+    """
+    rows, dim = (blocks, groups, *shape[:-1]), shape[-1]
+    if format == "16bit":
+        return jnp.zeros((*rows, dim), dtype)
+    if format == "int8":
+        return Int8Array(codes=jnp.zeros((*rows, dim), jnp.int8), scale=jnp.zeros(rows, jnp.float32))
+    if format == "nvfp4":
+        if dim % BLOCK:
+            raise ArgumentError(f"a delta cache in NVFP4 needs a width that {BLOCK} divides, not {dim}")
+        return NVFP4Array(
+            codes=jnp.zeros((*rows, dim // 2), jnp.uint8),
+            scales=jnp.zeros((*rows, dim // BLOCK), jnp.uint8),
+            tensor_scale=jnp.zeros(rows, jnp.float32),
+        )
+    raise ArgumentError(f"unknown format {format!r} of the delta cache; formats are {', '.join(FORMATS)}")
+
+
+def read(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""]) -> Float[Array, "rows tokens dim"]:
+    """The stored delta of one block and group, float32 (or the dtype of "16bit")."""
+    entry = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)[group], cache)
+    return entry if isinstance(entry, jax.Array) else dequantize(entry)
+
+
+def write(
+    cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""], delta: Float[Array, "rows tokens dim"]
+) -> Cache:
+    """The cache with one entry replaced, quantised row by row."""
+    if isinstance(cache, jax.Array):
+        entry = delta.astype(cache.dtype)
+    elif isinstance(cache, Int8Array):
+        entry, _ = rotate_quantize(delta, format="int8", hadamard=0)
+    else:
+        entry, _ = rotate_quantize(delta, format="nvfp4", hadamard=0, scale_dims=delta.ndim - 1)
+
+    def replace(leaf: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(leaf, value[None, None], (block, group, *[0] * value.ndim))
+
+    return jax.tree.map(replace, cache, entry)
+
+
+def nbytes(cache: Cache) -> int:
+    """Bytes of a cache, or of its shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

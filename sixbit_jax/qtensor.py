@@ -1,0 +1,200 @@
+"""Linear layers whose weight is stored in NVFP4, and the rules that put them in the place of ordinary ones."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.common.formats import CARRIERS, CarriedArray, Int8Array, NVFP4Array
+from pallas_kernels.nvfp4_cast import cast
+from pallas_kernels.rotate_quantize import rotate_quantize
+from pallas_kernels.scaled_matmul import scaled_matmul
+from pallas_kernels.weight_only_matmul import weight_only_matmul
+
+FORMATS = ("nvfp4", "keep")
+"""What a rule can do with a linear."""
+
+ROUTES = ("nvfp4", "int8", "16bit")
+"""How a `QuantLinear` may run. Layers of flax are not routed: they run as they are."""
+
+TRANSFORMER_RULES = (
+    (r"blocks\.(attn_in|attn_out|ff_in|ff_out|norm1\.linear|norm2\.linear)", "nvfp4"),
+    (r"patch_embed\..*|time_embedding\..*|ofs_embedding\..*|norm_out\.linear|proj_out", "keep"),
+)
+"""For a CogVideoX transformer: everything in its blocks, and nothing around them (method.md 1)."""
+
+TEXT_ENCODER_RULES = ((r"blocks\.(attn_in|attn_out|ff_in|ff_out)", "nvfp4"),)
+"""For T5."""
+
+
+class Quantized(nnx.Variable):
+    """A variable that holds a piece of a stored low-bit tensor; no optimiser should touch it."""
+
+
+class QuantLinear(nnx.Module):
+    """y = x W^T + b with W stored in NVFP4, 4.5 bits a value, in the place of an `nnx.Linear`.
+
+    Args:
+        weight: [out, K]; a leading axis [layers, out, K] for stacked layers to be scanned over.
+        bias: [out] ([layers, out]) or None.
+        dtype: of the result, and of activations on the 16-bit route.
+    """
+
+    def __init__(self, weight: NVFP4Array, bias: jax.Array | jax.ShapeDtypeStruct | None, *, dtype: DTypeLike):
+        self.codes, self.scales = Quantized(weight.codes), Quantized(weight.scales)
+        self.tensor_scale = Quantized(weight.tensor_scale)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.hadamard, self.dtype = weight.hadamard, jnp.dtype(dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nnx.Linear, *, hadamard: int | None = None, four_over_six: bool = False
+    ) -> "QuantLinear":
+        """Quantises the kernel [in, out] (or [layers, in, out], one tensor scale a layer) of a flax layer.
+
+        Raises:
+            ValueError: if `in` is not a multiple of 16, or of the rotation's block.
+        """
+        kernel = linear.kernel.get_value()
+
+        def quantize(kernel: Float[Array, "..."]) -> NVFP4Array:
+            if kernel.ndim == 3:
+                return jax.lax.map(quantize, kernel)
+            return rotate_quantize(kernel.T, format="nvfp4", hadamard=hadamard, four_over_six=four_over_six)[0]
+
+        abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+        weight = jax.eval_shape(quantize, kernel) if abstract else quantize(kernel)
+        bias = None if linear.bias is None else linear.bias.get_value()
+        return cls(weight, bias, dtype=linear.dtype or kernel.dtype)
+
+    @property
+    def weight(self) -> NVFP4Array:
+        return NVFP4Array(
+            codes=self.codes[...],
+            scales=self.scales[...],
+            tensor_scale=self.tensor_scale[...],
+            hadamard=self.hadamard,
+        )
+
+    def multiply(self, x: Int8Array | CarriedArray, **epilogue: Any) -> Float[Array, "..."]:
+        """The product with an activation that is quantised already: [..., K] -> [..., out].
+
+        The weight is cast once to the activation's own type. `epilogue` is that of `scaled_matmul`, less the bias.
+        """
+        carrier = {codes: name for name, codes in CARRIERS.items()}.get(x.codes.dtype, "int8")
+        weight = cast(self.weight, to=carrier)
+        return scaled_matmul(x, weight, bias=self._bias, out_dtype=self.dtype, **epilogue)
+
+    def __call__(
+        self, x: Float[Array, "*rows k"], *, route: str = "16bit", carrier: str = "exact", **epilogue: Any
+    ) -> Float[Array, "*rows n"]:
+        """x -> x W^T + b, then the epilogue of `scaled_matmul` (activation, gate and residual).
+
+        Args:
+            x: unrotated activation.
+            route: "nvfp4" (4-bit activation, one tensor scale a row), "int8", or "16bit" (weight dequantised).
+            carrier: what NVFP4 operands are multiplied in: "exact" or "fp8".
+            **epilogue: activation, gate, residual, text_length.
+
+        Raises:
+            ValueError: on an unknown route or carrier.
+        """
+        if route not in ROUTES:
+            raise ValueError(f"unknown route {route!r}; routes are {', '.join(ROUTES)}")
+        if route == "16bit":
+            return weight_only_matmul(x.astype(self.dtype), self.weight, bias=self._bias, **epilogue)
+        options = {"carrier": carrier, "scale_dims": x.ndim - 1} if route == "nvfp4" else {}
+        quantized, _ = rotate_quantize(x, format=route, hadamard=self.hadamard, **options)
+        return self.multiply(quantized, **epilogue)
+
+    @property
+    def _bias(self) -> Float[Array, "..."] | None:
+        return None if self.bias is None else self.bias[...]
+
+
+def quantize_model(
+    model: nnx.Module,
+    rules: Sequence[tuple[str, str]] = TRANSFORMER_RULES,
+    *,
+    hadamard: int | None = None,
+    four_over_six: bool = False,
+) -> nnx.Module:
+    """Replaces linear layers of an NNX module, in place, by `QuantLinear`.
+
+    Args:
+        model: any module; stacked layers [layers, in, out] are quantised layer by layer. One of shapes alone (made
+            under `nnx.eval_shape`) gets shapes.
+        rules: ordered (regular expression, format) pairs; the first that matches the whole dotted path of an
+            `nnx.Linear` decides: "nvfp4", or "keep".
+        hadamard: as in `rotate_quantize`: None for the largest block that fits each layer.
+        four_over_six: likewise.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: listing every rule that matches nothing, every linear that no rule covers, and every linear
+            whose size the format does not divide. The module is then as it was.
+    """
+    return replace_linears(model, quantized_paths(model, rules), hadamard=hadamard, four_over_six=four_over_six)
+
+
+def quantized_paths(model: nnx.Module, rules: Sequence[tuple[str, str]]) -> list[str]:
+    """Dotted paths of the linears that the rules of `quantize_model` quantise.
+
+    Raises:
+        ValueError: as there, but for sizes.
+    """
+    chosen, used, problems = [], set(), []
+    for path in _linears(model):
+        rule = next((rule for rule in rules if re.fullmatch(rule[0], path)), None)
+        if rule is None:
+            problems.append(f"no rule covers {path}")
+        elif rule[1] == "nvfp4":
+            chosen.append(path)
+        used.add(rule)
+    problems += [f"rule {rule[0]!r} matches no linear" for rule in rules if rule not in used]
+    problems += [f"unknown format {format!r}; formats are nvfp4, keep" for _, format in rules if format not in FORMATS]
+    if problems:
+        raise ValueError("quantize_model: " + "; ".join(problems))
+    return chosen
+
+
+def replace_linears(
+    model: nnx.Module, paths: Sequence[str], *, hadamard: int | None, four_over_six: bool
+) -> nnx.Module:
+    """`quantize_model` for the linears at these paths.
+
+    Raises:
+        ValueError: listing every path that is no linear's, and every linear whose size the format does not divide.
+    """
+    linears, replaced, problems = _linears(model), {}, []
+    for path in paths:
+        if path not in linears:
+            problems.append(f"there is no linear {path}")
+            continue
+        try:
+            replaced[path] = QuantLinear.from_linear(linears[path][1], hadamard=hadamard, four_over_six=four_over_six)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise ValueError("quantize_model: " + "; ".join(problems))
+    for path, layer in replaced.items():
+        setattr(linears[path][0], path.rpartition(".")[2], layer)
+    return model
+
+
+def _linears(model: nnx.Module, prefix: str = "") -> dict[str, tuple[nnx.Module, nnx.Linear]]:
+    """Dotted path -> (parent, layer) of every `nnx.Linear`."""
+    found = {}
+    for name, child in vars(model).items():
+        if isinstance(child, nnx.Linear):
+            found[prefix + name] = (model, child)
+        elif isinstance(child, nnx.Module):
+            found |= _linears(child, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,180 @@
+"""Routers and skippers as pure functions, on constructed observations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sixbit_jax.errors import ArgumentError
+from sixbit_jax.models.linears import SITES
+from sixbit_jax.precision import routers, skippers
+from sixbit_jax.precision.types import Observation, Progress, nothing_observed
+
+BLOCKS, GROUPS, STEPS = 3, 2, 12
+
+
+def observed(volatility=0.1, change=0.1, computed=True):
+    full = jnp.full((BLOCKS, GROUPS), 1.0, jnp.float32)
+    return Observation(
+        computed=jnp.full(full.shape, computed), volatility=full * volatility, delta_change=full * change
+    )
+
+
+def at(step):
+    return Progress(step=jnp.asarray(step, jnp.int32), steps=STEPS)
+
+
+def volatility_router(threshold=0.5):
+    alpha = jnp.arange(1.0, 1 + BLOCKS * len(SITES)).reshape(BLOCKS, len(SITES))
+    return routers.VolatilityRouter(alpha=alpha, beta=alpha * 0 + 0.1, threshold=jnp.asarray(threshold))
+
+
+def run(skipper, changes):
+    """Decisions of every step, fed with the change that each computed step measures."""
+    state, observation, skips, refreshes = skipper.init(BLOCKS, GROUPS), nothing_observed(BLOCKS, GROUPS), [], []
+    for step in range(STEPS):
+        skip, refresh, state = skipper.decide(state, observation, at(step))
+        observation = Observation(
+            computed=~skip, volatility=jnp.ones_like(observation.volatility), delta_change=jnp.asarray(changes[step])
+        )
+        skips.append(skip)
+        refreshes.append(refresh)
+    return np.stack(skips), np.stack(refreshes)
+
+
+def constant_changes(value):
+    changes = np.full((STEPS, BLOCKS, GROUPS), value, np.float32)
+    changes[0] = np.inf
+    return changes
+
+
+def test_no_volatility_is_int8():
+    router = volatility_router(threshold=1e9)
+    for observation in (nothing_observed(BLOCKS, GROUPS), observed(computed=False)):
+        routes, predicted, _ = router.decide(None, observation, at(0))
+        assert (routes == routers.INT8).all()
+        assert jnp.isnan(predicted).all()
+
+
+def test_route_follows_the_predicted_error():
+    routes, predicted, _ = volatility_router(threshold=0.55).decide(None, observed(volatility=0.1), at(3))
+    wanted = 0.1 * np.arange(1.0, 13).reshape(BLOCKS, 1, len(SITES)) + 0.1
+    np.testing.assert_allclose(predicted, np.broadcast_to(wanted, predicted.shape), rtol=1e-6)
+    np.testing.assert_array_equal(routes, np.where(predicted <= 0.55, routers.NVFP4, routers.INT8))
+    assert len(np.unique(routes)) == 2
+
+
+def test_a_non_finite_volatility_is_int8():
+    routes, _, _ = volatility_router(threshold=1e9).decide(None, observed(volatility=jnp.nan), at(3))
+    assert (routes == routers.INT8).all()
+
+
+def test_constant_router_takes_its_route():
+    for name, index in (("nvfp4", 0), ("int8", 1), ("16bit", 2)):
+        router = routers.ConstantRouter(route=name)
+        assert router.choices == (name,)
+        assert (router.decide(None, observed(), at(0))[0] == index).all()
+    with pytest.raises(ArgumentError, match="int4"):
+        routers.ConstantRouter(route="int4")
+
+
+def test_edges_are_int8_and_the_middle_nvfp4():
+    router = routers.edges(STEPS, BLOCKS, first=2, last=3)
+    found = [int(np.unique(router.decide(None, observed(), at(step))[0]).item()) for step in range(STEPS)]
+    assert found == [routers.INT8] * 2 + [routers.NVFP4] * 7 + [routers.INT8] * 3
+    assert router.choices == ("nvfp4", "int8")
+    with pytest.raises(ArgumentError, match="12 steps"):
+        routers.edges(STEPS, BLOCKS, first=7, last=6)
+
+
+def test_a_table_of_another_size_is_refused():
+    router = routers.TableRouter.of(np.zeros((1, BLOCKS, len(SITES)), np.int32))
+    router.init(BLOCKS, GROUPS)
+    with pytest.raises(ArgumentError, match="found"):
+        router.init(BLOCKS + 1, GROUPS)
+    with pytest.raises(ArgumentError, match="0 to 2"):
+        routers.TableRouter.of(np.full((1, BLOCKS, len(SITES)), 3))
+    with pytest.raises(ArgumentError, match="2 steps"):
+        routers.TableRouter.of(np.zeros((2, BLOCKS, len(SITES)), int)).decide(None, observed(), at(0))
+
+
+def test_cost_aware_router_never_takes_the_less_exact_route_for_nothing(caplog):
+    inner = volatility_router(threshold=0.55)
+    same = routers.CostAwareRouter.of(inner, {"nvfp4": 1.0, "int8": 1.0, "16bit": 2.0})
+    assert "int8 costs no more than nvfp4" in caplog.text
+    assert same.choices == ("int8",)
+    assert (same.decide(None, observed(), at(3))[0] == routers.INT8).all()
+    faster = routers.CostAwareRouter.of(inner, {"nvfp4": 0.5, "int8": 1.0, "16bit": 2.0})
+    assert faster.choices == ("nvfp4", "int8")
+    np.testing.assert_array_equal(faster.decide(None, observed(), at(3))[0], inner.decide(None, observed(), at(3))[0])
+    with pytest.raises(ArgumentError, match="16bit"):
+        routers.CostAwareRouter.of(inner, {"nvfp4": 1.0, "int8": 1.0})
+
+
+def test_delta_skipper_keeps_its_limits():
+    skipper = skippers.DeltaSkipper(threshold=jnp.asarray(np.inf), max_skips=2, warm_up=3, cool_down=2)
+    skip, refresh = run(skipper, constant_changes(0.1))
+    pattern = [0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 0, 0]
+    np.testing.assert_array_equal(skip, np.broadcast_to(np.array(pattern, bool)[:, None, None], skip.shape))
+    # A delta is refreshed where the next step may reuse it: from the last warm-up step on, not before the cool-down.
+    wanted = [0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0]
+    np.testing.assert_array_equal(refresh[:, 0, 0], np.array(wanted, bool))
+
+
+def test_delta_skipper_accumulates_the_error():
+    skipper = skippers.DeltaSkipper(threshold=jnp.asarray(0.25), max_skips=9, warm_up=2, cool_down=0)
+    # d = 0.1: the sums 0.1 and 0.2 are under 0.25, 0.3 is not.
+    np.testing.assert_array_equal(
+        run(skipper, constant_changes(0.1))[0][:, 0, 0], np.array([0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
+    )
+    assert not run(skipper, constant_changes(0.3))[0].any()
+    assert not run(skipper.replace(threshold=jnp.asarray(0.0)), constant_changes(0.0))[0].any()
+
+
+def test_delta_skipper_decides_for_each_block_and_group():
+    changes = constant_changes(0.3)
+    changes[1:, 1, 0] = 0.1
+    skipper = skippers.DeltaSkipper(threshold=jnp.asarray(0.25), max_skips=2, warm_up=2, cool_down=0)
+    skip, _ = run(skipper, changes)
+    assert skip[:, 1, 0].any()
+    skip[:, 1, 0] = False
+    assert not skip.any()
+
+
+def test_delta_skipper_never_reuses_a_single_delta():
+    """With one warm-up step there is no second delta, so no change to judge by, until step 1 has been computed."""
+    skipper = skippers.DeltaSkipper(threshold=jnp.asarray(1e9), max_skips=2, warm_up=1, cool_down=0)
+    assert not run(skipper, constant_changes(0.0))[0][:2].any()
+
+
+def test_every_nth():
+    skip, refresh = run(skippers.EveryNth(n=3, warm_up=2, cool_down=1), constant_changes(0.0))
+    np.testing.assert_array_equal(skip[:, 0, 0], np.array([0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0], bool))
+    np.testing.assert_array_equal(refresh[:, 0, 0], np.array([0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0], bool))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: skippers.EveryNth(n=1),
+        lambda: skippers.EveryNth(n=2, warm_up=0),
+        lambda: skippers.DeltaSkipper(threshold=jnp.asarray(0.1), max_skips=0),
+        lambda: skippers.DeltaSkipper(threshold=jnp.asarray(0.1), cool_down=-1),
+    ],
+)
+def test_bad_limits_are_refused(make):
+    with pytest.raises(ArgumentError):
+        make()
+
+
+def test_policies_are_pytrees_whose_thresholds_can_change_without_compiling_again():
+    count = 0
+
+    @jax.jit
+    def decide(router, observation):
+        nonlocal count
+        count += 1
+        return router.decide(None, observation, at(1))[0]
+
+    assert not np.array_equal(decide(volatility_router(0.3), observed()), decide(volatility_router(0.9), observed()))
+    assert count == 1
