@@ -21,6 +21,10 @@ def main(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; without it, the published dtype is kept.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help='"nvfp4" stores the transformer blocks at 4.5 bits a weight.')
+    ] = None,
+    quantize_text_encoder: Annotated[str | None, typer.Option(help='"nvfp4" does the same to T5.')] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace DST if it is a checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
 ) -> None:
@@ -28,7 +32,10 @@ def main(
     from convert.command import convert
 
     names = None if components is None else [name.strip() for name in components.split(",")]
-    typer.echo(f"wrote {convert(src, dst, components=names, dtype=dtype, progress=not quiet, overwrite=overwrite)}")
+    asked = {"transformer": quantize, "text_encoder": quantize_text_encoder}
+    formats = {name: format for name, format in asked.items() if format is not None}
+    done = convert(src, dst, components=names, dtype=dtype, quantize=formats, progress=not quiet, overwrite=overwrite)
+    typer.echo(f"wrote {done}")
 
 
 if __name__ == "__main__":

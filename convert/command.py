@@ -1,6 +1,9 @@
 """The conversion: a diffusers folder in, one checkpoint of ours out."""
 
+import json
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from convert.components import checked_names
-from convert.engine import FLOATS, Target, build
+import sixbit_jax
+from convert.components import abstract_module, checked_names
+from convert.engine import FLOATS, Target
 from convert.errors import CheckpointError
-from convert.published import locate, open_published, plan_all
+from convert.published import Published, locate, open_published, plan_all
+from convert.quantize import QuantizedTarget, build_arrays, quantize_targets
 from convert.store import check_destination, check_space, is_ours, staged, write_manifest, write_model
 
 DISK_MARGIN = 16 << 20
@@ -40,19 +45,27 @@ def convert(
     *,
     components: tuple[str, ...] | list[str] | None = None,
     dtype: Any = None,
+    quantize: Mapping[str, str] | None = None,
+    hadamard: int | None = None,
+    four_over_six: bool = False,
     progress: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Converts a diffusers folder to a checkpoint of ours, one parameter at a time.
 
     Everything is checked before anything is written, and `dst` appears only when it is complete: whatever happens
-    before that, nothing is left behind.
+    before that, nothing is left behind. The exception is a process that is killed outright: its folder, hidden beside
+    `dst`, is taken up by the next conversion of the same source with the same settings.
 
     Args:
         src: a local folder, or a hub id `org/name`.
         dst: the new folder; the one it is to be in must exist.
         components: of "transformer", "vae", "text_encoder", "tokenizer", "scheduler"; None takes all there are.
         dtype: to store the parameters in; None keeps the published one.
+        quantize: {"transformer": "nvfp4", "text_encoder": "nvfp4"}, or one of them: store the kernels of its blocks'
+            linear layers in NVFP4, 4.5 bits a value.
+        hadamard: block of the rotation before that: 128, 64 or 32, 0 for none, None for the largest that fits a layer.
+        four_over_six: choose the better of two scales for each of its blocks (arXiv 2512.02010).
         progress: show a bar.
         overwrite: replace `dst` if it is a checkpoint.
 
@@ -71,27 +84,42 @@ def convert(
     if is_ours(path):
         raise CheckpointError(f"{path}: is already a converted checkpoint; a diffusers folder is needed")
     published = open_published(path, components)
-    targets = plan_all(published, dtype)
+    targets: dict[str, Any] = plan_all(published, dtype)
+    entries = {}
+    for name, format in (quantize or {}).items():
+        if format != "nvfp4" or name not in targets:
+            held = ", ".join(targets) or "no model"
+            raise CheckpointError(f"quantize: {name}={format!r}; the format is 'nvfp4', and what is converted: {held}")
+        part = published.parts[name]
+        module = abstract_module(part.component, part.config, dtype or np.float32)
+        targets[name], entries[name] = quantize_targets(
+            name, module, targets[name], hadamard=hadamard, four_over_six=four_over_six
+        )
     total = sum(target.nbytes for model in targets.values() for target in model)
     count = sum(len(model) for model in targets.values())
     check_space(destination, total + total // 50 + DISK_MARGIN)
     with (
-        staged(destination) as folder,
+        staged(destination, _work(published, components, dtype, entries)) as folder,
         tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar,
     ):
         models, written = {}, 0
 
-        def done(target: Target) -> None:
+        def done(target: Target | QuantizedTarget, found: bool) -> None:
             nonlocal written
             written += 1
             bar.set_postfix_str(f"{written}/{count} parameters", refresh=False)
-            bar.update(target.nbytes)
+            if found:
+                bar.update(target.nbytes)
 
         for name, part in published.parts.items():
             bar.set_description(name)
             tensors = part.tensors
-            entry = write_model(folder / name, targets[name], lambda t, tensors=tensors: build(t, tensors), done)
+            entry = write_model(
+                folder / name, targets[name], partial(build_arrays, tensors=tensors, progress=bar.update), done
+            )
             models[name] = {"class": part.component.class_name, "config": part.raw_config, **entry}
+            if name in entries:
+                models[name]["quantized"] = entries[name]
         files = copy_files(published.tokenizer, folder / "tokenizer") if published.tokenizer else None
         write_manifest(
             folder,
@@ -103,9 +131,16 @@ def convert(
     return destination
 
 
+def _work(published: Published, components: Any, dtype: Any, quantized: Mapping[str, Any]) -> str:
+    """What a conversion is of: its settings, and name, size and time of each file that it reads."""
+    files = sorted({tensor.file for part in published.parts.values() for tensor in part.tensors.values()})
+    found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return json.dumps([found, components, str(dtype), quantized, sixbit_jax.__version__])
+
+
 def copy_files(source: Path, destination: Path) -> list[str]:
     """Copies the files of a folder, without subfolders, and returns their names."""
-    destination.mkdir()
+    destination.mkdir(exist_ok=True)
     names = sorted(p.name for p in source.iterdir() if p.is_file())
     for name in names:
         shutil.copyfile(source / name, destination / name)

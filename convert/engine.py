@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -65,6 +66,11 @@ class Target:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What is stored, by dotted path."""
+        return {self.path: jax.ShapeDtypeStruct(self.shape, self.dtype)}
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,8 @@ tokenizer/              the published files
 
 import concurrent.futures
 import contextlib
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,6 +30,7 @@ import orbax.checkpoint as ocp
 import sixbit_jax
 from convert.engine import Target
 from convert.errors import CheckpointError
+from convert.quantize import QuantizedTarget
 from convert.readers import read_json
 
 MANIFEST = "sixbit.json"
@@ -76,9 +79,9 @@ def _on_host(array: np.ndarray) -> jax.Array | np.ndarray:
     return jax.device_put(array, cpu)
 
 
-def items_of(targets: Iterable[Target]) -> list[list[Target]]:
+def items_of(targets: Iterable[Target | QuantizedTarget]) -> list[list[Target | QuantizedTarget]]:
     """Parameters in runs of at most `ITEM_BYTES`; a larger parameter is alone."""
-    items: list[list[Target]] = []
+    items: list[list[Target | QuantizedTarget]] = []
     room = 0
     for target in targets:
         if not items or target.nbytes > room:
@@ -91,33 +94,40 @@ def items_of(targets: Iterable[Target]) -> list[list[Target]]:
 
 def write_model(
     folder: Path,
-    targets: Sequence[Target],
-    build: Callable[[Target], np.ndarray],
-    done: Callable[[Target], None] = lambda target: None,
+    targets: Sequence[Target | QuantizedTarget],
+    build: Callable[[Target | QuantizedTarget], Mapping[str, np.ndarray]],
+    done: Callable[[Target | QuantizedTarget, bool], None] = lambda target, found: None,
 ) -> dict[str, Any]:
     """Writes the parameters of one model, holding one item at a time.
 
+    Items that are there already, from an interrupted run with the same targets, are kept: orbax renames an item to its
+    name when it is complete.
+
     Args:
-        folder: to be made.
+        folder: to be made, or to be completed.
         targets: the parameters.
-        build: makes one of them.
-        done: is called after each that was written.
+        build: makes the arrays of one of them.
+        done: is called after each, with whether it was found.
 
     Returns:
         The model's entry for the manifest: arrays, number of parameters, bytes.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob("*orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished)
     arrays = {}
     # In a thread of its own, which the end of the block waits for: an interrupt must not leave orbax writing.
     with _checkpointer() as checkpointer, concurrent.futures.ThreadPoolExecutor(1) as writer:
         for number, item in enumerate(items_of(targets)):
             name = f"{number:03d}"
-            tree = {target.path: _on_host(build(target)) for target in item}
-            writer.submit(checkpointer.save, (folder / name).absolute(), args=ocp.args.PyTreeSave(tree)).result()
-            del tree
+            if not (found := (folder / name).exists()):
+                tree = {path: _on_host(array) for target in item for path, array in build(target).items()}
+                writer.submit(checkpointer.save, (folder / name).absolute(), args=ocp.args.PyTreeSave(tree)).result()
+                del tree
             for target in item:
-                arrays[target.path] = {"shape": list(target.shape), "dtype": target.dtype.name, "item": name}
-                done(target)
+                for path, array in target.arrays.items():
+                    arrays[path] = {"shape": list(array.shape), "dtype": array.dtype.name, "item": name}
+                done(target, found)
     return {
         "parameters": sum(target.size for target in targets),
         "bytes": sum(target.nbytes for target in targets),
@@ -125,14 +135,13 @@ def write_model(
     }
 
 
-def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.Array]:
-    """The parameters of one model, each restored straight to the default device in `dtype`.
+def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The parameters of one model, each restored straight to the default device.
 
     Args:
         folder: the model's folder.
         arrays: its entry in the manifest.
-        shapes: dotted path -> anything with `shape`: what our module needs.
-        dtype: of the result.
+        shapes: dotted path -> anything with `shape` and `dtype`: what our module needs.
 
     Raises:
         CheckpointError: lists every parameter that is missing, not used, or of another shape; or says which item
@@ -156,9 +165,11 @@ def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any
     out = {}
     with _checkpointer() as checkpointer:
         for name, paths in sorted(items.items()):
-            spec = {p: jax.ShapeDtypeStruct(wanted[p], dtype, sharding=sharding) for p in paths}
+            spec = {p: jax.ShapeDtypeStruct(wanted[p], shapes[p].dtype, sharding=sharding) for p in paths}
             how = {
-                p: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=wanted[p])
+                p: ocp.ArrayRestoreArgs(
+                    restore_type=jax.Array, dtype=shapes[p].dtype, sharding=sharding, global_shape=wanted[p]
+                )
                 for p in paths
             }
             args = ocp.args.PyTreeRestore(item=spec, restore_args=how)
@@ -204,25 +215,40 @@ def check_space(destination: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def staged(destination: Path) -> Iterator[Path]:
-    """A new folder beside `destination` that takes its place when the block ends, and is removed if it fails.
+def staged(destination: Path, work: str | None = None) -> Iterator[Path]:
+    """A folder beside `destination` that takes its place when the block ends, and is removed if it fails.
+
+    Args:
+        destination: the folder to be.
+        work: names what is being made. If a process was killed while it made the same, the folder is what it left; and
+            only one process at a time can make it.
 
     Raises:
-        CheckpointError: if the folder cannot be made.
+        CheckpointError: if the folder cannot be made, or another process is making the same.
     """
     parent = destination.absolute().parent
-    tag = secrets.token_hex(4)
+    tag = secrets.token_hex(4) if work is None else hashlib.sha256(work.encode()).hexdigest()[:8]
     beside = parent / f".{destination.name}.{tag}.partial"
     try:
-        beside.mkdir()
+        beside.mkdir(exist_ok=work is not None)
+        handle = os.open(beside, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
     try:
-        yield beside
-        _replace(beside, destination, parent / f".{destination.name}.{tag}.old")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{destination}: is being written by another process") from error
+        if not beside.exists():
+            raise CheckpointError(f"{destination}: was being written by another process; look, and try again")
+        try:
+            yield beside
+            _replace(beside, destination, parent / f".{destination.name}.{tag}.old")
+        finally:
+            if beside.exists():
+                shutil.rmtree(beside)
     finally:
-        if beside.exists():
-            shutil.rmtree(beside)
+        os.close(handle)
 
 
 def _replace(new: Path, destination: Path, aside: Path) -> None:

@@ -21,6 +21,7 @@ from convert.components import MODELS, Component, abstract_module, checked_names
 from convert.engine import build, dotted, nest, to_diffusers
 from convert.errors import CheckpointError
 from convert.published import is_published, locate, open_published, parse_scheduler, plan_all
+from convert.quantize import with_quantized_linears
 from convert.readers import dtype_counts
 from convert.rules_transformer import published_shapes
 from convert.store import check_destination, is_ours, read_manifest, read_model, staged
@@ -84,7 +85,7 @@ def _load_published(folder: Path, dtype: np.dtype, components: tuple[str, ...] |
     for name, targets in plan_all(published, dtype).items():
         part = published.parts[name]
         arrays = {target.path: jax.device_put(build(target, part.tensors)) for target in targets}
-        parts[name] = _materialise(part.component, part.config, dtype, lambda shapes, arrays=arrays: arrays)
+        parts[name] = _materialise(part.component, part.config, dtype, lambda shapes, arrays=arrays: arrays, None)
     if published.scheduler is not None:
         parts["scheduler"] = parse_scheduler(published.scheduler, folder / "scheduler" / "scheduler_config.json")
     if published.tokenizer is not None:
@@ -110,17 +111,27 @@ def _load_ours(folder: Path, dtype: np.dtype, components: tuple[str, ...] | list
             config = parse_config(component, entry["config"], folder / "sixbit.json")
 
             def restore(shapes: Mapping[str, Any], name: str = name, entry: dict = entry) -> dict[str, jax.Array]:
-                return read_model(folder / name, entry["arrays"], shapes, dtype)
+                return read_model(folder / name, entry["arrays"], shapes)
 
-            parts[name] = _materialise(component, config, dtype, restore)
+            parts[name] = _materialise(component, config, dtype, restore, entry.get("quantized"))
     return parts
 
 
 def _materialise(
-    component: Component, config: Any, dtype: np.dtype, arrays: Callable[[dict[str, Any]], Mapping[str, jax.Array]]
+    component: Component,
+    config: Any,
+    dtype: np.dtype,
+    arrays: Callable[[dict[str, Any]], Mapping[str, jax.Array]],
+    quantized: Mapping[str, Any] | None,
 ) -> nnx.Module:
-    """The module of `config`, holding `arrays(shapes by dotted path)`."""
-    graph, state = nnx.split(abstract_module(component, config, dtype))
+    """The module of `config`, its linears as the manifest's entry says, holding `arrays(shapes by dotted path)`."""
+    try:
+        module = with_quantized_linears(abstract_module(component, config, dtype), quantized)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{component.name}: its entry 'quantized' in sixbit.json does not fit: {error}"
+        ) from error
+    graph, state = nnx.split(module)
     nnx.replace_by_pure_dict(state, nest(arrays(dotted(state)), state))
     return nnx.merge(graph, state)
 

@@ -205,14 +205,14 @@ def test_interrupted_conversion_leaves_what_was_there(published, tmp_path, monke
     before = sorted(tmp_path.rglob("*"))
     count = 0
 
-    def build(*args, original=command.build):
+    def build(*args, original=command.build_arrays, **options):
         nonlocal count
         count += 1
         if count == 40:
             raise problem
-        return original(*args)
+        return original(*args, **options)
 
-    monkeypatch.setattr(command, "build", build)
+    monkeypatch.setattr(command, "build_arrays", build)
     with pytest.raises((KeyboardInterrupt, OSError)):
         convert(published, out, progress=False, overwrite=overwrite)
     assert count == 40
