@@ -1,0 +1,185 @@
+"""The sampling loop of full-size CogVideoX under each way to run it: bf16, INT8, and INT8 with blocks skipped.
+
+`python -m benchmarks.end_to_end --models 5b --steps 10 --out benchmarks/results/end_to_end_<device>.json`
+
+Random weights of the published configurations, made on the device; 49 frames of 480 x 720, guidance 6, one video. Time
+is that of the compiled loop on its second call, synchronised, divided by its steps. Memory is what XLA's own analysis
+says of that program: arguments (weights included), temporaries and results together.
+
+Which blocks are skipped is prescribed here (every n-th step between the first and the last), since random weights say
+nothing about when it is safe; everything that a live decision costs is in the program: the branch around each block,
+volatility and delta change of computed blocks, and the cache.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from flax import struct
+
+from benchmarks.stages import COGVIDEOX_SCHEDULER, random_model
+from sixbit_jax import Pipeline
+from sixbit_jax.config import TransformerConfig
+from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
+from sixbit_jax.models.split import Split
+from sixbit_jax.precision import ConstantRouter, EveryNth, NeverSkip, PrecisionPolicy
+from sixbit_jax.precision.accounting import summary
+from sixbit_jax.qtensor import quantize_model
+from sixbit_jax.sampling import sampler, schedulers
+
+MODELS: dict[str, Callable[[], Split]] = {
+    "mini": lambda: Pipeline.from_pretrained("mini").transformer,
+    "2b": lambda: random_model(CogVideoXTransformer3DModel, TransformerConfig.cogvideox_2b()),
+    "5b": lambda: random_model(CogVideoXTransformer3DModel, TransformerConfig.cogvideox_5b()),
+}
+
+
+@struct.dataclass(kw_only=True)
+class Prescribed(EveryNth):
+    """`EveryNth` that measures what the delta cache's own skipper would."""
+
+    observes = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to run one model.
+
+    Attributes:
+        skip_share: of all block-steps.
+        mean_bits: activation bits over all multiply-adds of linears, skipped ones as 0.
+        step_ms: one guided step.
+        speed: of the model's bf16 row in the same run, over this.
+        weights_gib: the transformer's parameters.
+        peak_gib: the whole program.
+        compile_s: tracing, lowering and compiling.
+    """
+
+    model: str
+    name: str
+    steps: int
+    skip_share: float
+    mean_bits: float
+    step_ms: float
+    speed: float
+    weights_gib: float
+    peak_gib: float
+    compile_s: float
+
+
+def policies(cache: str) -> dict[str, PrecisionPolicy]:
+    """Rows after bf16, by name."""
+    router = ConstantRouter(route="int8")
+    rows = {"INT8": PrecisionPolicy(router=router, skipper=NeverSkip())}
+    for n in (4, 3, 2):
+        skipper = Prescribed(n=n, warm_up=1, cool_down=1)
+        name = f"INT8, every {n}th step skipped, cache {cache}".replace("2th", "2nd").replace("3th", "3rd")
+        rows[name] = PrecisionPolicy(router=router, skipper=skipper, cache_format=cache)
+    return rows
+
+
+def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy | None, steps: int) -> Row:
+    """Compiles and times one row; `speed` is still to be filled in."""
+    config = transformer.merge().config
+    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    shape = (1, frames, config.in_channels, config.sample_height, config.sample_width)
+    text = jax.random.normal(jax.random.key(1), (2, 1, config.max_text_seq_length, config.text_embed_dim), "bfloat16")
+    schedule = schedulers.make_schedule(COGVIDEOX_SCHEDULER, steps)
+    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, steps, use_dynamic_cfg=False)
+    conditioning = sampler.Conditioning(
+        prompt_embeds=text[0], negative_prompt_embeds=text[1], keys=jax.random.split(jax.random.key(2), 1)
+    )
+    arguments = (transformer, schedule, scale, jax.random.normal(jax.random.key(0), shape), conditioning)
+    leaves, structure = jax.tree.flatten((arguments, policy))
+
+    def run(leaves: list[jax.Array]) -> tuple[jax.Array, sampler.Trace]:
+        arguments, policy = jax.tree.unflatten(structure, leaves)
+        return sampler.sample(*arguments, policy=policy)
+
+    start = time.perf_counter()
+    compiled = jax.jit(run).lower(leaves).compile()
+    compile_s = time.perf_counter() - start
+    for _ in range(2):
+        start = time.perf_counter()
+        _, trace = jax.block_until_ready(compiled(leaves))
+        seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    skip_share, mean_bits = 0.0, 16.0
+    if policy is not None:
+        counted = summary(jax.device_get(trace.precision), config)
+        skip_share, mean_bits = counted.skip_share, counted.mean_bits
+    return Row(
+        model=model,
+        name=name,
+        steps=steps,
+        skip_share=round(float(skip_share), 4),
+        mean_bits=round(float(mean_bits), 3),
+        step_ms=round(seconds / steps * 1000, 2),
+        speed=1.0,
+        weights_gib=round(sum(leaf.nbytes for leaf in jax.tree.leaves(transformer)) / 2**30, 3),
+        peak_gib=round(peak / 2**30, 3),
+        compile_s=round(compile_s, 1),
+    )
+
+
+def rows(model: str, steps: int, caches: list[str]) -> Iterator[Row]:
+    """All rows of a model, bf16 first."""
+    transformer = MODELS[model]()
+    baseline = measure(model, "bf16", transformer, None, steps)
+    yield baseline
+    transformer = Split.of(quantize_model(transformer.merge()))
+    wanted = {name: policy for cache in caches for name, policy in policies(cache).items()}
+    for name, policy in wanted.items():
+        row = measure(model, name, transformer, policy, steps)
+        yield dataclasses.replace(row, speed=round(baseline.step_ms / row.step_ms, 3))
+
+
+def table(rows: list[Row]) -> str:
+    """A markdown table."""
+    lines = [
+        "| model | configuration | skipped | mean bits | step | speed | weights | peak memory | compilation |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.model} | {r.name} | {r.skip_share:.0%} | {r.mean_bits:.1f} | {r.step_ms:.1f} ms | {r.speed:.2f}x"
+        f" | {r.weights_gib:.2f} GiB | {r.peak_gib:.2f} GiB | {r.compile_s:.0f} s |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mini"])
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps of each run")
+    parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the delta cache")
+    parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
+    arguments = parser.parse_args(argv)
+    found: list[Row] = []
+    for model in arguments.models:
+        for row in rows(model, arguments.steps, arguments.caches):
+            found.append(row)
+            print(table([row]).splitlines()[-1], flush=True)
+    if arguments.out is not None:
+        device = jax.devices()[0]
+        record = {
+            "device": {"kind": device.device_kind, "platform": device.platform},
+            "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax")},
+            "command": "python -m benchmarks.end_to_end " + " ".join(sys.argv[1:] if argv is None else argv),
+            "rows": [dataclasses.asdict(row) for row in found],
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.out.with_suffix(".md").write_text(table(found) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

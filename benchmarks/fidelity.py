@@ -1,0 +1,827 @@
+"""What each policy costs in fidelity: the mini model against its own bfloat16 run, prompt by prompt.
+
+`python -m benchmarks.fidelity --out benchmarks/fidelity` runs every row, which wants a GPU, and writes results.json,
+report.md and figures; `--clips` and `--seconds` make it smaller, the rows that matter most first, and `--tiny` runs a
+handful of rows on two prompts and four steps, on a CPU.
+
+Every setting of a row's policy is a traced value (`StudyRouter`, `StudySkipper`), so that most rows share one compiled
+program. On a GPU all clips of a row run at once, vmapped: both sides of a `lax.cond` are computed and one is selected.
+On a CPU they run one after the other, and only what is decided runs. Either way decisions are those of each video,
+and nothing here says anything about speed. Operations run their XLA implementation. Thresholds are solved for on the
+calibration's trace (`precision.targets.simulated_bits`), so rows meet their targets roughly.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from benchmarks import fidelity_report
+from sixbit_jax import Pipeline, metrics
+from sixbit_jax.models.linears import SITES
+from sixbit_jax.models.split import Split
+from sixbit_jax.pipeline import MINI_MODEL, decode_latents, encode_text, initial_latents, video_keys
+from sixbit_jax.precision import (
+    ConstantRouter,
+    DeltaSkipper,
+    EveryNth,
+    NeverSkip,
+    PrecisionPolicy,
+    accounting,
+    measuring,
+)
+from sixbit_jax.precision.blocks import PrecisionTrace
+from sixbit_jax.precision.calibration import FILE_NAME, Calibration, fit
+from sixbit_jax.precision.routers import INT8, NVFP4, TableRouter, VolatilityRouter
+from sixbit_jax.precision.targets import resampled, simulated_bits
+from sixbit_jax.precision.types import Observation, Progress
+from sixbit_jax.qtensor import ROUTES, quantize_model
+from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.trace_plot import save_trace
+from sixbit_jax.training import classifier
+from sixbit_jax.training.data import Phrase, held_out_scenes, training_phrases
+from sixbit_jax.training.evaluate import judge
+
+GUIDANCE = 6.0
+SOLVERS = {"DDIM": "CogVideoXDDIMScheduler", "DPM": "CogVideoXDPMScheduler"}
+SEMANTICS = ("digit", "colour", "direction")
+OPERATIONS = ("adaln_quantize", "nvfp4_cast", "rotate_quantize", "scaled_matmul", "weight_only_matmul")
+BITS = (5.0, 5.5, 6.0, 6.5, 7.0)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+TAUS = (0.02, 0.6)
+"""Between which the cache's threshold is looked for; a delta changes by 0.04 to 0.4 a step."""
+FULL = (0.15, 6.0)
+"""The whole method at 6 bits: share of skipped blocks, and mean bits with those counted as zero."""
+LATE = 12
+"""Steps at the end whose quantisation noise nothing repairs any more."""
+PROMISE = (0.3, 5.0)
+"""The whole method with 30 % of the blocks skipped; 5.6 bits if all others ran in INT8."""
+
+
+@struct.dataclass(kw_only=True)
+class StudySkipper(DeltaSkipper):
+    """`DeltaSkipper` whose limits are traced, or a table of skips.
+
+    Attributes:
+        max_skips, warm_up, cool_down: int32 [].
+        table: bool [steps, blocks], skips written down beforehand; taken instead if `by_table`.
+        by_table: bool [].
+        purify: bool []; False reports no refresh, which turns purified refresh off.
+        in_sight: bool []; report a refresh only where a skip is in sight, because the last change was small enough.
+    """
+
+    max_skips: jax.Array
+    warm_up: jax.Array
+    cool_down: jax.Array
+    table: jax.Array
+    by_table: jax.Array
+    purify: jax.Array
+    in_sight: jax.Array
+
+    def __post_init__(self) -> None:
+        """Traced limits cannot be checked."""
+
+    def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:
+        skip, refresh, state = super().decide(state, observation, progress)
+        refresh = refresh & (~self.in_sight | (state.change < self.threshold))
+        now, soon = (self.table[jnp.minimum(progress.step + i, progress.steps - 1)][:, None] for i in range(2))
+        skip = jnp.where(self.by_table, now, skip)
+        refresh = jnp.where(self.by_table, soon & ~now, refresh)
+        return skip, refresh & self.purify, state
+
+
+@struct.dataclass(kw_only=True)
+class StudyRouter:
+    """The paper's router or a table, with changes to either that a row may ask for.
+
+    Attributes:
+        table: int32 [steps, blocks, sites], taken if `by_table`.
+        alpha, beta, threshold: of `VolatilityRouter`.
+        by_table: bool [].
+        stale: bool []; after a skip, decide by the last volatility there was, instead of taking INT8.
+        clean: int32 []; the route at least of all sites of a block whose delta is refreshed for reuse; 0 for none.
+        late: int32 []; in so many steps at the end all sites run in INT8 at least.
+        skipper: a copy of the policy's, which tells what is refreshed; its `purify` is not read.
+    """
+
+    table: jax.Array
+    alpha: jax.Array
+    beta: jax.Array
+    threshold: jax.Array
+    by_table: jax.Array
+    stale: jax.Array
+    clean: jax.Array
+    late: jax.Array
+    skipper: StudySkipper
+    choices = ROUTES
+    observes = True
+
+    def init(self, blocks: int, groups: int) -> Any:
+        return jnp.full((blocks, groups), jnp.nan, jnp.float32), self.skipper.init(blocks, groups)
+
+    def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:
+        known, skipper = state
+        known = jnp.where(observation.computed, observation.volatility, known)
+        seen = observation.replace(
+            computed=observation.computed | self.stale,
+            volatility=jnp.where(self.stale, known, observation.volatility),
+        )
+        paper = VolatilityRouter(alpha=self.alpha, beta=self.beta, threshold=self.threshold)
+        routes, predicted, _ = paper.decide(None, seen, progress)
+        written, _, _ = TableRouter(table=self.table).decide(None, observation, progress)
+        routes = jnp.where(self.by_table, written, routes)
+        always = self.skipper.replace(purify=jnp.ones_like(self.skipper.purify))
+        _, refresh, skipper = always.decide(skipper, observation, progress)
+        routes = jnp.where(refresh[..., None], jnp.maximum(routes, self.clean), routes)
+        routes = jnp.where(progress.step >= progress.steps - self.late, jnp.maximum(routes, INT8), routes)
+        return routes, predicted, (known, skipper)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run.
+
+    Attributes:
+        clips: held-out clips that are judged; the lanes of every program.
+        steps: denoising steps.
+        calibration: prompts of the training grammar that are measured, for a solver that the calibration that ships
+            with the model is not of.
+        tiny: a few rows alone, and untuned thresholds.
+        deadline: seconds after which no further row is started.
+    """
+
+    clips: int = 96
+    steps: int = 50
+    calibration: int = 8
+    tiny: bool = False
+    deadline: float = float("inf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What calibration found; NumPy arrays.
+
+    Attributes:
+        trace: [prompts, steps, blocks, ...].
+        alpha, beta, correlation: [blocks, sites], of the NVFP4 error on the last step's volatility.
+    """
+
+    trace: measuring.Measured
+    alpha: np.ndarray
+    beta: np.ndarray
+    correlation: np.ndarray
+
+    @classmethod
+    def of(cls, trace: measuring.Measured) -> "Fit":
+        """As `sixbit_jax.calibrate` fits."""
+        found = fit(trace.volatility, trace.error[..., 0])
+        return cls(trace=trace, **{name: found[name] for name in ("alpha", "beta", "correlation")})
+
+    def scatter(self) -> dict[str, Any]:
+        """A part of the points that were fitted: volatility [n, blocks] and the next error [n, blocks, sites]."""
+        volatility, error = self.trace.volatility[:2, :-1], self.trace.error[:2, 1:, ..., 0]
+        return {
+            name: np.round(values.reshape(-1, *values.shape[2:]).astype(np.float64), 4).tolist()
+            for name, values in (("volatility", volatility), ("error", error))
+        }
+
+
+@contextlib.contextmanager
+def xla_only() -> Iterator[None]:
+    """Inside, `implementation=None` takes the XLA implementation of every operation."""
+    tables = [importlib.import_module(f"pallas_kernels.{name}.api").IMPLEMENTATIONS for name in OPERATIONS]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        for name in set(table) - {"xla"}:
+            del table[name]
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(entries)
+
+
+@jax.jit
+def run_lanes(
+    transformer: Split, schedule: Any, scale: Any, latents: jax.Array, conditioning: Any, policies: PrecisionPolicy
+) -> tuple[jax.Array, PrecisionTrace]:
+    """`sampler.sample` of one video a lane, each under a policy of its own -> latents [lanes, ...] and their traces."""
+
+    def one(latents: jax.Array, policy: PrecisionPolicy, *texts: jax.Array) -> tuple[jax.Array, PrecisionTrace]:
+        latents, trace = sampler.sample(transformer, schedule, scale, latents[None], _single(*texts), policy=policy)
+        return latents[0], trace.precision
+
+    return _each(one, latents, policies, *_texts(conditioning))
+
+
+def _each(one: Callable, *lanes: Any) -> Any:
+    """At once on an accelerator; one by one on a CPU, where branches that are not taken would cost as much."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda lane: one(*lane), lanes)
+    return jax.vmap(one)(*lanes)
+
+
+def _texts(conditioning: sampler.Conditioning) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return conditioning.prompt_embeds, conditioning.negative_prompt_embeds, conditioning.keys
+
+
+def _single(prompt: jax.Array, negative: jax.Array, key: jax.Array) -> sampler.Conditioning:
+    """Of one video."""
+    return sampler.Conditioning(prompt_embeds=prompt[None], negative_prompt_embeds=negative[None], keys=key[None])
+
+
+@jax.jit
+def measure_lanes(
+    transformer: Split, schedule: Any, scale: Any, latents: jax.Array, conditioning: Any
+) -> tuple[jax.Array, Any]:
+    """`measuring.sample` of one video a lane."""
+
+    def one(latents: jax.Array, *texts: jax.Array) -> tuple[jax.Array, Any]:
+        return measuring.sample(transformer, schedule, scale, latents[None], _single(*texts))
+
+    return _each(one, latents, *_texts(conditioning))
+
+
+class Programs:
+    """Compiles programs in the background, one for each function and structure of its arguments, and runs them."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(8)
+        self._compiled: dict[Any, Future] = {}
+
+    def prepare(self, function: Callable, *args: Any) -> None:
+        """Starts to compile what `run` will need."""
+        if (key := self._key(function, args)) not in self._compiled:
+            self._compiled[key] = self._pool.submit(lambda: function.lower(*args).compile())
+
+    def run(self, function: Callable, *args: Any) -> Any:
+        """Calls a jitted function, by its prepared program if there is one."""
+        prepared = self._compiled.get(self._key(function, args))
+        return jax.block_until_ready((prepared.result() if prepared else function)(*args))
+
+    @staticmethod
+    def _key(function: Callable, args: tuple) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        return function, structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+
+
+class Study:
+    """One solver's rows on the mini model.
+
+    Args:
+        settings: what is run.
+        solver: a key of `SOLVERS`.
+        log: called with each line of progress.
+    """
+
+    def __init__(self, settings: Settings, solver: str, log: Callable[[str], None]):
+        self.settings, self.solver, self.log = settings, solver, log
+        self.started = time.monotonic()
+        self.fit: Fit | None = None
+        self.programs = Programs()
+        self.rows: list[dict[str, Any]] = []
+        self.traces: dict[str, PrecisionTrace] = {}
+        pipe = self.pipe = Pipeline.from_pretrained("mini")
+        self.scheduler = dataclasses.replace(pipe.scheduler, class_name=SOLVERS[solver])
+        self.config = pipe.transformer.merge().config
+        self.models = {"plain": pipe.transformer}
+        for name, options in {"quantised": {}, "no Hadamard": {"hadamard": 0}, "4/6": {"four_over_six": True}}.items():
+            if name == "quantised" or not settings.tiny:
+                self.models[name] = Split.of(quantize_model(pipe.transformer.merge(), **options))
+        held_out = held_out_scenes()
+        # In steps that share no factor with their number, so that few clips are of different digits too.
+        self.scenes = [held_out[(5 * i) % len(held_out)] for i in range(settings.clips)]
+        # Spread over the phrases: a step that shares no factor with their number and structure.
+        known = training_phrases()
+        self.known = [Phrase.from_index(known[(i * 157) % len(known)]) for i in range(settings.calibration)]
+        self.held_out, self.calibration = self._inputs(self.scenes, 1), self._inputs(self.known, 2)
+
+    def complete(self) -> None:
+        """Runs everything."""
+        self.reference()
+        self.calibrate()
+        specs = sorted((few_rows if self.settings.tiny else all_rows)(self), key=lambda spec: spec.priority)
+        if jax.default_backend() != "cpu":
+            for spec in specs:
+                self.programs.prepare(run_lanes, *self._arguments(spec))
+        for spec in specs:
+            self.row(spec)
+
+    def _inputs(self, scenes: Sequence[Phrase], seed: int) -> tuple[jax.Array, sampler.Conditioning]:
+        pipe, clips = self.pipe, len(scenes)
+        keys = video_keys([1000 * seed + i for i in range(clips)], clips)
+        texts = [pipe.tokenize([scene.text for scene in scenes]), pipe.tokenize([""] * clips)]
+        positive, negative = (encode_text(pipe.text_encoder, jnp.asarray(ids)) for ids in texts)
+        config = self.config
+        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        shape = (frames, config.in_channels, config.sample_height, config.sample_width)
+        conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
+        return initial_latents(keys, shape), conditioning
+
+    def schedule(self, steps: int) -> tuple[schedulers.Schedule, jax.Array]:
+        schedule = schedulers.make_schedule(self.scheduler, steps)
+        scale = schedulers.guidance_schedule(GUIDANCE, schedule.timesteps, steps, use_dynamic_cfg=False)
+        return jax.tree.map(jnp.asarray, schedule), jnp.asarray(scale)
+
+    # Policies
+
+    def table(self, routes: str | np.ndarray) -> np.ndarray:
+        """Routes as int32 [steps, blocks, sites], from a name or anything that broadcasts to them."""
+        routes = ROUTES.index(routes) if isinstance(routes, str) else routes
+        return np.broadcast_to(np.asarray(routes, np.int32), (self.settings.steps, self.config.num_layers, len(SITES)))
+
+    def skipper(
+        self,
+        tau: Any = 0.0,
+        *,
+        table: np.ndarray | None = None,
+        purify: bool = True,
+        in_sight: bool = False,
+        **limits: int,
+    ) -> Any:
+        shape = (self.settings.steps, self.config.num_layers)
+        limits = {"max_skips": 2, "warm_up": 5, "cool_down": 2, **limits}
+        if self.settings.tiny:
+            limits["warm_up"], limits["cool_down"] = 2, 0
+        return StudySkipper(
+            threshold=np.broadcast_to(np.asarray(tau, np.float32), (shape[1], 1)),
+            table=np.asarray(np.zeros(shape, bool) if table is None else table),
+            by_table=np.asarray(table is not None),
+            purify=np.asarray(purify),
+            in_sight=np.asarray(in_sight),
+            **{name: np.asarray(value, np.int32) for name, value in limits.items()},
+        )
+
+    def policy(
+        self,
+        routes: str | np.ndarray | None = None,
+        *,
+        threshold: float = 0.0,
+        tau: Any = 0.0,
+        stale: bool = False,
+        clean: str | None = None,
+        cache_format: str = "16bit",
+        outlier_limit: float = 25.0,
+        by_stream: bool = False,
+        late: int = 0,
+        **skipper: Any,
+    ) -> PrecisionPolicy:
+        """Routes by a table, or, if None, by the paper's router; skips by tau, or by a table, or not at all.
+
+        With `by_stream` the router compares what the error does to the residual stream: G, times the mean error that
+        calibration found at the site, in the place of alpha * G + beta.
+        """
+        skipper = self.skipper(tau, **{"purify": bool(np.any(np.asarray(tau) > 0)), **skipper})
+        router = StudyRouter(
+            table=np.asarray(self.table(0 if routes is None else routes)),
+            alpha=self.mean_error if by_stream else self.fit.alpha,
+            beta=0 * self.fit.beta if by_stream else self.fit.beta,
+            threshold=np.asarray(threshold, np.float32),
+            by_table=np.asarray(routes is not None),
+            stale=np.asarray(stale),
+            clean=np.asarray(0 if clean is None else ROUTES.index(clean), np.int32),
+            late=np.asarray(late, np.int32),
+            skipper=skipper,
+        )
+        return PrecisionPolicy(router=router, skipper=skipper, cache_format=cache_format, outlier_limit=outlier_limit)
+
+    @property
+    def mean_error(self) -> np.ndarray:
+        """Of NVFP4, [blocks, sites]."""
+        return np.asarray(self.fit.trace.error, np.float64)[..., 0].mean((0, 1)).astype(np.float32)
+
+    def bounds(self, by_stream: bool) -> tuple[float, float]:
+        """Between which the router's threshold is looked for: all it predicts on the calibration's trace."""
+        volatility = np.asarray(self.fit.trace.volatility, np.float64)[..., None]
+        predicted = volatility * self.mean_error if by_stream else self.fit.alpha * volatility + self.fit.beta
+        return float(np.quantile(predicted[predicted > 0], 0.001)), float(predicted.max())
+
+    def threshold(self, bits: float, **options: Any) -> float:
+        """Of the router, for mean bits without a cache."""
+        return self.solve(
+            lambda value: self.policy(threshold=value, **options),
+            lambda spent: spent.mean_bits,
+            bits,
+            self.bounds(options.get("by_stream", False)),
+        )
+
+    def tuned(self, share: float, bits: float, options: Mapping[str, Any]) -> dict[str, float]:
+        """Thresholds of router and cache for a skip share and mean bits, of a policy with these options.
+
+        Both at once: noise of NVFP4 counts as change of a delta, so what is routed decides what is skipped. Takes the
+        nearest of a grid, and of a finer one around it. The skip share comes first: some options cannot meet both.
+        """
+        ranges = {"threshold": self.bounds(options.get("by_stream", False)), "tau": TAUS}
+        for _ in range(2):
+            axes = [np.geomspace(*ends, 12) for ends in ranges.values()]
+            pairs = [dict(zip(ranges, map(float, pair), strict=True)) for pair in itertools.product(*axes)]
+            spent = self.simulate([self.policy(**pair, **options) for pair in pairs])
+            miss = [4 * abs(found.skip_share - share) + abs(found.mean_bits - bits) / 8 for found in spent]
+            best = pairs[int(np.argmin(miss))]
+            step = {name: (axis[1] / axis[0]) for name, axis in zip(ranges, axes, strict=True)}
+            ranges = {name: (best[name] / step[name], best[name] * step[name]) for name in ranges}
+        return best
+
+    def fixed(self, routes: str | np.ndarray, *, carrier: str = "exact") -> PrecisionPolicy:
+        """A table without a cache, in a smaller program than that of `policy`."""
+        return PrecisionPolicy(
+            router=TableRouter(table=jnp.asarray(self.table(routes))), skipper=NeverSkip(), carrier=carrier
+        )
+
+    def cached(self, **options: Any) -> PrecisionPolicy:
+        """The delta cache in the bfloat16 model."""
+        return PrecisionPolicy(router=ConstantRouter(), skipper=self.skipper(**options))
+
+    # Runs
+
+    def _arguments(self, spec: "Spec") -> tuple:
+        lanes = jax.tree.map(lambda leaf: np.stack([leaf] * self.settings.clips), spec.policy)
+        return (self.models[spec.model], *self.schedule(self.settings.steps), *self.held_out, lanes)
+
+    def reference(self) -> None:
+        """The bfloat16 run that all rows are compared with, its float32 twin, which is the floor, and shorter runs."""
+        steps, (noise, bf16) = self.settings.steps, self.held_out
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, bf16)
+        single = Pipeline.from_pretrained("mini", dtype=jnp.float32).transformer
+        runs = {"bf16": (self.models["plain"], bf16, steps), "float32 (the floor of bf16)": (single, wide, steps)}
+        for share in () if self.settings.tiny else (0.2, 0.3, 0.5):
+            fewer = round(steps * (1 - share))
+            runs[f"bf16, {fewer} steps"] = (self.models["plain"], bf16, fewer)
+        for name, (model, conditioning, count) in runs.items():
+            began = time.monotonic()
+            with jax.default_matmul_precision("highest" if model is single else "default"):
+                latents, _ = sampler.sample(model, *self.schedule(count), noise, conditioning)
+            if name == "bf16":
+                self.latents, self.frames = latents, self.decode(latents)
+            width = 32.0 if model is single else 16.0
+            spent = {"mean_bits": width * count / steps, "mean_bits_computed": width, "skip_share": 0.0}
+            self.keep(name, "reference", latents, began, **spent)
+
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        return np.concatenate(
+            [np.asarray(decode_latents(self.pipe.vae, latents[i : i + 16])) for i in range(0, len(latents), 16)]
+        )
+
+    def keep(
+        self,
+        name: str,
+        group: str,
+        latents: jax.Array,
+        began: float,
+        *,
+        trace: PrecisionTrace | None = None,
+        **details: Any,
+    ) -> None:
+        """Compares a run with the reference and adds its row; `details` hold what it spent where there is no trace."""
+        frames = self.decode(latents)
+        psnr = np.asarray(metrics.psnr(frames, self.frames), np.float64)
+        ssim = np.asarray(metrics.ssim(frames, self.frames), np.float64)
+        error = np.asarray(metrics.relative_error(latents, self.latents), np.float64)
+        judged = judge(frames, self.scenes, classifier.load(), batch=min(32, len(frames)))
+        row: dict[str, Any] = {"name": name, "group": group, "solver": self.solver}
+        row["psnr"] = None if np.isinf(psnr).all() else {"mean": float(psnr.mean()), "worst": float(psnr.min())}
+        row["ssim"] = {"mean": float(ssim.mean()), "worst": float(ssim.min())}
+        row["latent_error"] = {"mean": float(error.mean()), "worst": float(error.max())}
+        row["accuracy"] = {what: float(judged.correct(what).mean()) for what in SEMANTICS}
+        if trace is not None:
+            host = jax.device_get(trace)
+            bits = np.moveaxis(np.asarray(host.bits)[:, :, :, 0], 0, 2)
+            spent = accounting.summary(_only_bits(bits), self.config)
+            row |= {
+                "mean_bits": spent.mean_bits,
+                "mean_bits_computed": spent.mean_bits_computed,
+                "skip_share": spent.skip_share,
+                "route_shares": dict(spent.route_shares),
+            }
+            self.traces[name] = jax.tree.map(lambda value: np.asarray(value[:1])[0], host)
+        row |= details
+        row["psnr_by_clip"] = [None if np.isinf(value) else round(float(value), 3) for value in psnr]
+        row["seconds"] = round(time.monotonic() - began, 2)
+        self.rows.append(row)
+        self.log(_line(row))
+
+    def row(self, spec: "Spec") -> None:
+        """Runs one policy on all held-out clips."""
+        began = time.monotonic()
+        if began - self.started > self.settings.deadline:
+            self.log(f"out of time: {spec.name}")
+            return
+        latents, trace = self.programs.run(run_lanes, *self._arguments(spec))
+        self.keep(spec.name, spec.group, latents, began, trace=trace, **spec.details)
+
+    # Calibration
+
+    def calibrate(self) -> None:
+        """Takes the calibration that ships with the model, or measures where that is of another solver."""
+        shipped = Calibration.load(MINI_MODEL / FILE_NAME, self.models["quantised"])
+        trace = shipped.trace
+        if shipped.settings["scheduler"] != self.scheduler.to_dict():
+            _, trace = self.programs.run(
+                measure_lanes, self.models["quantised"], *self.schedule(self.settings.steps), *self.calibration
+            )
+            trace = jax.device_get(trace)
+        self.fit = Fit.of(trace)
+        self.trace = resampled(trace, self.settings.steps)
+        self.log(f"correlation of G with the next step's NVFP4 error: {np.round(self.fit.correlation, 2).tolist()}")
+
+    def solve(
+        self,
+        make: Callable[[float], PrecisionPolicy],
+        measure: Callable[[accounting.Summary], float],
+        wanted: float,
+        bounds: tuple[float, float],
+    ) -> float:
+        """The value between bounds at which the policy made of it, simulated, measures what is wanted."""
+        values = np.geomspace(*bounds, 32)
+        found = np.array([measure(spent) for spent in self.simulate([make(float(value)) for value in values])])
+        order = np.argsort(found, kind="stable")
+        return float(np.exp(np.interp(wanted, found[order], np.log(values)[order])))
+
+    def simulate(self, policies: Sequence[PrecisionPolicy]) -> list[accounting.Summary]:
+        """What each policy spends on the calibration's trace."""
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *policies)
+        bits = jax.vmap(lambda policy: simulated_bits(policy, self.trace))(stacked)
+        return [accounting.summary(_only_bits(b), self.config) for b in np.asarray(bits)]
+
+    def allocation(self, bits: float, *, by_step: bool) -> np.ndarray:
+        """Routes [1 or steps, blocks, sites] of that mean width which cost the least error: INT8 where it saves most.
+
+        Sum of the squared relative errors of calibration, INT8 bought where a multiply-add of it saves most.
+        """
+        squared = (np.asarray(self.fit.trace.error, np.float64) ** 2).mean(0)
+        squared = squared if by_step else squared.mean(0, keepdims=True)
+        weights = np.array(list(accounting.site_weights(self.config).values()))
+        gain = (squared[..., 0] - squared[..., 1]) / weights
+        cost = np.broadcast_to(weights, gain.shape).ravel()
+        order = np.argsort(-gain.ravel())
+        spent = np.cumsum(cost[order]) / cost.sum()
+        routes = np.full(gain.size, NVFP4, np.int32)
+        routes[order[spent <= (bits - 4) / 4 + 1e-9]] = INT8
+        return routes.reshape(gain.shape)
+
+    def edge_table(self, bits: float, *, first: float) -> np.ndarray:
+        """INT8 in the first and last steps, so many in all that the mean width is met; `first` of them at the start."""
+        steps = self.settings.steps
+        eight = round(steps * (bits - 4) / 4)
+        table = np.full((steps, 1, 1), NVFP4, np.int32)
+        start = round(eight * first)
+        table[:start] = INT8
+        table[steps - (eight - start) :] = INT8
+        return table
+
+
+def _only_bits(bits: np.ndarray) -> PrecisionTrace:
+    """A trace with nothing but its bits."""
+    nothing = np.zeros((0,), np.float32)
+    return PrecisionTrace(
+        bits=bits, volatility=nothing, delta_change=nothing, predicted=nothing, outlier=nothing, age=nothing
+    )
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    psnr = "equal" if row["psnr"] is None else "{mean:6.2f} (worst {worst:5.2f}) dB".format(**row["psnr"])
+    accuracy = " ".join(f"{100 * value:.0f}" for value in row["accuracy"].values())
+    return (
+        f"{row['solver']} {row['name']:44s} {row['mean_bits']:5.2f} bits, {100 * row['skip_share']:4.1f} % skipped: "
+        f"{psnr}, latents {row['latent_error']['mean']:.4f}, {accuracy}, {row['seconds']} s"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A row to be run.
+
+    Attributes:
+        name, group: of the row.
+        policy: unstacked, its leaves arrays.
+        model: a key of `Study.models`.
+        priority: rows of a smaller one run first.
+        details: kept with the row.
+    """
+
+    name: str
+    group: str
+    policy: PrecisionPolicy
+    model: str = "quantised"
+    priority: int = 1
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def few_rows(study: Study) -> list[Spec]:
+    """Rows of `--tiny`: one program."""
+    middle = float(np.median(study.fit.alpha * np.median(study.fit.trace.volatility) + study.fit.beta))
+    return [
+        Spec(name="W4A8", group="formats", policy=study.policy("int8")),
+        Spec(name="DMPQ, 6 bits", group="routing", policy=study.policy(threshold=middle)),
+        Spec(name="DMPQ + TDC, PDR (15 %, 6 bits)", group="stacking", policy=study.policy(threshold=middle, tau=1e9)),
+    ]
+
+
+def all_rows(study: Study) -> list[Spec]:
+    """The study of one solver."""
+    return [*formats(study), *routing(study), *caching(study), *stacking(study)]
+
+
+def formats(study: Study) -> list[Spec]:
+    """One format everywhere."""
+    specs = []
+    for route, name in (("16bit", "W4A16"), ("int8", "W4A8"), ("nvfp4", "W4A4")):
+        policy = study.policy(route)
+        more = {"group": "formats", "priority": 3}
+        specs += [
+            Spec(name=name, group="formats", policy=policy, priority=0),
+            Spec(name=f"{name}, four over six", policy=policy, model="4/6", **more),
+            Spec(name=f"{name}, no Hadamard", policy=study.fixed(route), model="no Hadamard", **more),
+        ]
+    return [*specs, Spec(name="W4A4, fp8 carrier", policy=study.fixed("nvfp4", carrier="fp8"), **more)]
+
+
+def routing(study: Study) -> list[Spec]:
+    """Routers and tables without a cache, at equal mean bits."""
+    specs = []
+    for bits in BITS:
+        late = min(LATE, round(study.settings.steps * (bits - 4) / 4))
+        dynamic = {
+            "DMPQ": {},
+            "DMPQ by stream error": {"by_stream": True},
+            f"DMPQ, INT8 in the last {LATE} steps": {"late": late},
+        }
+        policies = {
+            name: study.policy(threshold=study.threshold(bits, **options), **options)
+            for name, options in dynamic.items()
+        }
+        policies |= {
+            "static sites": study.policy(study.allocation(bits, by_step=False)),
+            "first and last steps": study.policy(study.edge_table(bits, first=0.5)),
+            "first steps": study.policy(study.edge_table(bits, first=1.0)),
+            "last steps": study.policy(study.edge_table(bits, first=0.0)),
+            "static sites and steps": study.policy(study.allocation(bits, by_step=True)),
+        }
+        specs += [
+            Spec(name=f"{name}, {bits:g} bits", group="routing", policy=policy, priority=1 if bits == 6 else 3)
+            for name, policy in policies.items()
+        ]
+    return specs
+
+
+def caching(study: Study) -> list[Spec]:
+    """The cache in the bf16 model."""
+    specs, steps, blocks = [], study.settings.steps, study.config.num_layers
+    for share in SHARES:
+        tau = study.solve(lambda value: study.cached(tau=value), lambda spent: spent.skip_share, share, TAUS)
+        specs.append(
+            Spec(
+                name=f"TDC, {100 * share:g} % skipped",
+                group="caching",
+                policy=study.cached(tau=tau),
+                model="plain",
+                priority=1 if share == 0.3 else 3,
+                details={"tau": tau},
+            )
+        )
+    computed = Observation(
+        computed=jnp.ones((blocks, 1), bool), volatility=jnp.ones((blocks, 1)), delta_change=jnp.ones((blocks, 1))
+    )
+    for n, name in ((2, "2nd"), (3, "3rd")):
+        progress = [Progress(step=jnp.asarray(step), steps=steps) for step in range(steps)]
+        skips = np.stack([EveryNth(n=n).decide(None, computed, at)[0][:, 0] for at in progress])
+        policy = study.cached(table=skips)
+        specs.append(Spec(name=f"every {name} step skipped", group="caching", policy=policy, model="plain", priority=3))
+    return specs
+
+
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "PDR": (1, {}),
+    "naive": (1, {"stale": True, "purify": False}),
+    "INT8 after a skip": (2, {"purify": False}),
+    "PDR, clean refresh in INT8": (2, {"clean": "int8"}),
+    "PDR, clean refresh in 16 bit": (2, {"clean": "16bit"}),
+    "PDR by stream error": (2, {"by_stream": True}),
+    "PDR, clean refresh in 16 bit if a skip is in sight": (1, {"clean": "16bit", "in_sight": True}),
+    "naive, INT8 in the last steps": (1, {"stale": True, "purify": False, "late": LATE}),
+    "INT8 after a skip and in the last steps": (1, {"purify": False, "late": LATE}),
+    "PDR, INT8 in the last steps": (2, {"late": LATE}),
+    "PDR, one skip in a row": (3, {"max_skips": 1}),
+    "PDR, four skips in a row": (4, {"max_skips": 4}),
+    "PDR, warm-up of 10 steps": (4, {"warm_up": 10}),
+    "PDR, cool-down of 6 steps": (4, {"cool_down": 6}),
+    "PDR, outlier limit 15": (4, {"outlier_limit": 15.0}),
+    "PDR, cache in int8": (3, {"cache_format": "int8"}),
+    "PDR, cache in nvfp4": (3, {"cache_format": "nvfp4"}),
+}
+"""How quantisation and the cache are put together: the paper's way, less of it, and more; each with its priority."""
+
+
+def stacking(study: Study) -> list[Spec]:
+    """Quantisation and the cache together: at the same skip share and mean bits, naive, purified, and improved."""
+    specs = []
+    for share, bits in (FULL, PROMISE):
+        label = f"({100 * share:g} %, {bits:g} bits)"
+        for name, (priority, options) in VARIANTS.items():
+            found = study.tuned(share, bits, options)
+            specs.append(
+                Spec(
+                    name=f"DMPQ + TDC, {name} {label}",
+                    group="cache format" if "cache_format" in options else "stacking",
+                    policy=study.policy(**found, **options),
+                    priority=priority,
+                    details=found,
+                )
+            )
+            if name == "PDR":
+                tau = {"tau": found["tau"]}
+                specs += [
+                    Spec(
+                        name=f"{format} + TDC, {how} {label}",
+                        group="stacking",
+                        policy=study.policy(route, **tau, purify=how == "PDR"),
+                        priority=2 if (share, bits) == PROMISE else 4,
+                        details=tau,
+                    )
+                    for route, format, how in (
+                        ("16bit", "W4A16", "naive"),
+                        ("int8", "W4A8", "naive"),
+                        ("int8", "W4A8", "PDR"),
+                        ("nvfp4", "W4A4", "naive"),
+                        ("nvfp4", "W4A4", "PDR"),
+                    )
+                ]
+    return specs
+
+
+def save(folder: Path, studies: Sequence[Study], command: str) -> dict[str, Any]:
+    """Writes results.json, of whatever there is by now."""
+    device = jax.devices()[0]
+    record = {
+        "command": command,
+        "device": {"kind": device.device_kind, "platform": device.platform},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "settings": dataclasses.asdict(studies[0].settings) | {"guidance_scale": GUIDANCE, "deadline": None},
+        "calibration": {
+            study.solver: {
+                "correlation": np.round(study.fit.correlation, 4).tolist(),
+                "alpha": np.round(study.fit.alpha, 6).tolist(),
+                "beta": np.round(study.fit.beta, 6).tolist(),
+                "error": np.round(np.asarray(study.fit.trace.error, np.float64).mean((0, 1)), 6).tolist(),
+                "scatter": study.fit.scatter(),
+            }
+            for study in studies
+            if study.fit is not None
+        },
+        "rows": [row for study in studies for row in study.rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(record, indent=1).replace("NaN", "null") + "\n")
+    return record
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of results.json, report.md and the figures")
+    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
+    parser.add_argument("--clips", type=int, default=96, help="held-out clips; a multiple of 48 weighs prompts equally")
+    parser.add_argument("--seconds", type=float, help="start no row of a solver later than this; default: all rows")
+    parser.add_argument("--tiny", action="store_true", help="a few rows, two clips, four steps")
+    arguments = parser.parse_args(argv)
+    command = "python -m benchmarks.fidelity " + shlex.join(sys.argv[1:] if argv is None else argv)
+    settings = Settings(clips=arguments.clips, deadline=arguments.seconds or float("inf"))
+    solvers = arguments.solvers
+    if arguments.tiny:
+        settings, solvers = Settings(clips=2, steps=4, calibration=1, tiny=True), solvers[:1]
+    studies: list[Study] = []
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        save(arguments.out, studies, command)
+
+    with xla_only():
+        for solver in solvers:
+            studies.append(Study(settings, solver, log))
+            studies[-1].complete()
+    record = save(arguments.out, studies, command)
+    for study in studies:
+        name = "DMPQ + TDC, PDR (15 %, 6 bits)"
+        if name in study.traces:
+            save_trace(study.traces[name], arguments.out / f"trace_{study.solver.lower()}.png", title=name)
+    fidelity_report.write(arguments.out, record)
+    return record
+
+
+if __name__ == "__main__":
+    main()
