@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
-from pallas_kernels.adaln_quantize import adaln_quantize
 
+from pallas_kernels.adaln_quantize import adaln_quantize
 from pallas_kernels.rotate_quantize import RowStatistics, rotate_quantize
 from sixbit_jax.models.layers import LayerNorm
 from sixbit_jax.models.linears import SITES, Modulation, PlainLinears, modulated
