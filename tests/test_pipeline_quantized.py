@@ -126,7 +126,8 @@ def test_the_command_reports_and_saves_the_trace(model, tmp_path):
             record["quantization"].items() >= {"name": "sixbit", "target_mean_bits": 5.5, "target_skip": 0.15}.items()
         )
         assert record["thresholds"].keys() == {"error_threshold", "skip_threshold"}
-        arrays = np.load(tmp_path / f"a_{i}.trace.npz")
+        with np.load(tmp_path / f"a_{i}.trace.npz") as saved:
+            arrays = dict(saved)
         assert set(arrays) == {field.name for field in dataclasses.fields(PrecisionTrace)}
         assert arrays["bits"].shape == (STEPS, 3, 4)
         assert record["summary"]["skip_share"] == pytest.approx((arrays["bits"] == 0).mean())
