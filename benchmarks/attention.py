@@ -7,9 +7,6 @@ once; the error is the relative L2 distance of one head to the same head in floa
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from pallas_kernels.attention import attention, pallas_mosaic_gpu, shapes, xla
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 
@@ -95,17 +93,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     for row in rows(which, arguments.implementations, arguments.calls, arguments.candidates):
         found.append(row)
         print(table([row]).splitlines()[-1], flush=True)
-    if arguments.out is not None:
-        device = jax.devices()[0]
-        record = {
-            "device": {"kind": device.device_kind, "platform": device.platform},
-            "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")},
-            "command": "python -m benchmarks.attention " + " ".join(sys.argv[1:] if argv is None else argv),
-            "rows": [dataclasses.asdict(row) for row in found],
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-        arguments.out.with_suffix(".md").write_text(table(found) + "\n")
+    record.write(arguments.out, program="benchmarks.attention", argv=argv, rows=found, table=table(found))
     return found
 
 

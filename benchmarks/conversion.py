@@ -9,7 +9,6 @@ operating system; then loads the result twice, and times the second.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from benchmarks import record
 from convert.components import MODELS, abstract_state
 from convert.engine import dotted, slots_of
 from convert.rules import published_shape
@@ -155,16 +155,14 @@ def main(argv: list[str] | None = None) -> list[Row]:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             rows.append(measure(model, Path(scratch)))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    if arguments.out is not None:
-        record = {
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": jax.devices()[0].platform},
-            "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "orbax-checkpoint")},
-            "command": "python -m benchmarks.conversion " + " ".join(sys.argv[1:] if argv is None else argv),
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-        arguments.out.with_suffix(".md").write_text(table(rows) + "\n")
+    record.write(
+        arguments.out,
+        program="benchmarks.conversion",
+        argv=argv,
+        rows=rows,
+        table=table(rows),
+        machine={"processor": platform.machine(), "cores": os.cpu_count()},
+    )
     return rows
 
 

@@ -13,9 +13,6 @@ volatility and delta change of computed blocks, and the cache.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from pathlib import Path
 import jax
 from flax import struct
 
+from benchmarks import record
 from benchmarks.stages import COGVIDEOX_SCHEDULER, random_model
 from sixbit_jax import Pipeline
 from sixbit_jax.config import TransformerConfig
@@ -167,17 +165,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for row in rows(model, arguments.steps, arguments.caches):
             found.append(row)
             print(table([row]).splitlines()[-1], flush=True)
-    if arguments.out is not None:
-        device = jax.devices()[0]
-        record = {
-            "device": {"kind": device.device_kind, "platform": device.platform},
-            "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax")},
-            "command": "python -m benchmarks.end_to_end " + " ".join(sys.argv[1:] if argv is None else argv),
-            "rows": [dataclasses.asdict(row) for row in found],
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-        arguments.out.with_suffix(".md").write_text(table(found) + "\n")
+    record.write(arguments.out, program="benchmarks.end_to_end", argv=argv, rows=found, table=table(found))
     return found
 
 

@@ -10,9 +10,6 @@ are scaled to; the table says so.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks import record
 from sixbit_jax import Pipeline
 from sixbit_jax.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
@@ -163,17 +161,7 @@ def main(argv: list[str] | None = None) -> list[Stages]:
         rows.append(measure(name, make(), arguments.steps or steps))
     text = table(rows)
     print(text)
-    if arguments.out is not None:
-        device = jax.devices()[0]
-        record = {
-            "device": {"kind": device.device_kind, "platform": device.platform},
-            "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax")},
-            "command": "python -m benchmarks.stages " + " ".join(sys.argv[1:] if argv is None else argv),
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-        arguments.out.with_suffix(".md").write_text(text + "\n")
+    record.write(arguments.out, program="benchmarks.stages", argv=argv, rows=rows, table=text)
     return rows
 
 

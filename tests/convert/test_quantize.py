@@ -43,6 +43,11 @@ def published(tmp_path_factory):
     return checkpoint.write_diffusers(folder, **published_folder.modules(**CONFIGS))
 
 
+def converted_transformer(published, tmp_path):
+    options = {"components": ["transformer"], "quantize": {"transformer": "nvfp4"}, "hadamard": 32, "progress": False}
+    return convert(published, tmp_path / "out", **options)
+
+
 @pytest.mark.parametrize("four_over_six", [False, True])
 def test_same_bytes_as_quantising_the_loaded_model(published, tmp_path, four_over_six):
     options = {"hadamard": 32, "four_over_six": four_over_six}
@@ -58,14 +63,7 @@ def test_same_bytes_as_quantising_the_loaded_model(published, tmp_path, four_ove
 
 
 def test_bytes_at_rest(published, tmp_path):
-    out = convert(
-        published,
-        tmp_path / "out",
-        components=["transformer"],
-        quantize={"transformer": "nvfp4"},
-        hadamard=32,
-        progress=False,
-    )
+    out = converted_transformer(published, tmp_path)
     entry = read_manifest(out)["components"]["transformer"]
     arrays = entry["arrays"]
     assert "blocks.ff_in.kernel" not in arrays
@@ -94,14 +92,7 @@ def test_what_cannot_be_quantised(published, tmp_path):
     [({"format": "int4"}, "quantised to 'int4'"), ({"linears": ["blocks.absent"]}, "there is no linear blocks.absent")],
 )
 def test_a_manifest_that_does_not_fit(published, tmp_path, change, message):
-    out = convert(
-        published,
-        tmp_path / "out",
-        components=["transformer"],
-        quantize={"transformer": "nvfp4"},
-        hadamard=32,
-        progress=False,
-    )
+    out = converted_transformer(published, tmp_path)
     manifest = read_manifest(out)
     manifest["components"]["transformer"]["quantized"] |= change
     store.write_manifest(out, **{k: v for k, v in manifest.items() if k not in ("format", "version", "written_by")})

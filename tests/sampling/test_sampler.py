@@ -7,10 +7,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from sixbit_jax.config import SchedulerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
-from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling import sampler
 
 CONFIG = tiny.TRANSFORMER
 STEPS = 4
@@ -23,20 +22,7 @@ def transformer():
 
 
 def arguments(kind: str, batch: int = 2, seed: int = 0, guided: bool = True):
-    config = SchedulerConfig(
-        class_name=kind, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
-    )
-    schedule = schedulers.make_schedule(config, STEPS)
-    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, STEPS, use_dynamic_cfg=False)
-    rng = np.random.default_rng(seed)
-    latents = jnp.asarray(rng.standard_normal((batch, 3, 4, 4, 4)), jnp.float32)
-    text = jnp.asarray(rng.standard_normal((2, batch, 5, 12)), jnp.float32)
-    conditioning = sampler.Conditioning(
-        prompt_embeds=text[0],
-        negative_prompt_embeds=text[1] if guided else None,
-        keys=jax.random.split(jax.random.key(seed), batch),
-    )
-    return schedule, scale, latents, conditioning
+    return tiny.sampler_inputs(kind, STEPS, batch=batch, seed=seed, guided=guided)
 
 
 @pytest.mark.parametrize("kind", KINDS)

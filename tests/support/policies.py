@@ -2,13 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tiny
 from flax import nnx
 
-from sixbit_jax.config import SchedulerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
@@ -22,12 +19,10 @@ from sixbit_jax.precision import (
     edges,
 )
 from sixbit_jax.qtensor import quantize_model
-from sixbit_jax.sampling import sampler, schedulers
 
 CONFIG = dataclasses.replace(tiny.TRANSFORMER, time_embed_dim=32)
 BLOCKS = CONFIG.num_layers
 STEPS = 8
-LATENTS = (3, 4, 4, 4)
 
 
 def make(quantized: bool, dtype=jnp.float32):
@@ -36,20 +31,7 @@ def make(quantized: bool, dtype=jnp.float32):
 
 
 def arguments(batch=1, seed=0, kind="CogVideoXDDIMScheduler", guided=True):
-    config = SchedulerConfig(
-        class_name=kind, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
-    )
-    schedule = schedulers.make_schedule(config, STEPS)
-    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, STEPS, use_dynamic_cfg=False)
-    rng = np.random.default_rng(seed)
-    latents = jnp.asarray(rng.standard_normal((batch, *LATENTS)), jnp.float32)
-    text = jnp.asarray(rng.standard_normal((2, batch, 5, 12)), jnp.float32)
-    conditioning = sampler.Conditioning(
-        prompt_embeds=text[0],
-        negative_prompt_embeds=text[1] if guided else None,
-        keys=jax.random.split(jax.random.key(seed), batch),
-    )
-    return schedule, scale, latents, conditioning
+    return tiny.sampler_inputs(kind, STEPS, batch=batch, seed=seed, guided=guided)
 
 
 def volatility_router(threshold=0.05):

@@ -1,0 +1,187 @@
+"""The rows of the fidelity study: what is compared, and which comes first where time is short."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sixbit_jax.precision import EveryNth, PrecisionPolicy
+from sixbit_jax.precision.types import Observation, Progress
+
+if TYPE_CHECKING:
+    from benchmarks.fidelity import Study
+
+BITS = (5.0, 5.5, 6.0, 6.5, 7.0)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+TAUS = (0.02, 0.6)
+"""Between which the cache's threshold is looked for; a delta changes by 0.04 to 0.4 a step."""
+FULL = (0.15, 6.0)
+"""The whole method at 6 bits: share of skipped blocks, and mean bits with those counted as zero."""
+LATE = 12
+"""Steps at the end whose quantisation noise nothing repairs any more."""
+PROMISE = (0.3, 5.0)
+"""The whole method with 30 % of the blocks skipped; 5.6 bits if all others ran in INT8."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A row to be run.
+
+    Attributes:
+        name, group: of the row.
+        policy: unstacked, its leaves arrays.
+        model: a key of `Study.models`.
+        priority: rows of a smaller one run first.
+        details: kept with the row.
+    """
+
+    name: str
+    group: str
+    policy: PrecisionPolicy
+    model: str = "quantised"
+    priority: int = 1
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def few_rows(study: "Study") -> list[Spec]:
+    """Rows of `--tiny`: one program."""
+    middle = float(np.median(study.fit.alpha * np.median(study.fit.trace.volatility) + study.fit.beta))
+    return [
+        Spec(name="W4A8", group="formats", policy=study.policy("int8")),
+        Spec(name="DMPQ, 6 bits", group="routing", policy=study.policy(threshold=middle)),
+        Spec(name="DMPQ + TDC, PDR (15 %, 6 bits)", group="stacking", policy=study.policy(threshold=middle, tau=1e9)),
+    ]
+
+
+def all_rows(study: "Study") -> list[Spec]:
+    """The study of one solver."""
+    return [*formats(study), *routing(study), *caching(study), *stacking(study)]
+
+
+def formats(study: "Study") -> list[Spec]:
+    """One format everywhere."""
+    specs = []
+    for route, name in (("16bit", "W4A16"), ("int8", "W4A8"), ("nvfp4", "W4A4")):
+        policy = study.policy(route)
+        more = {"group": "formats", "priority": 3}
+        specs += [
+            Spec(name=name, group="formats", policy=policy, priority=0),
+            Spec(name=f"{name}, four over six", policy=policy, model="4/6", **more),
+            Spec(name=f"{name}, no Hadamard", policy=study.fixed(route), model="no Hadamard", **more),
+        ]
+    return [*specs, Spec(name="W4A4, fp8 carrier", policy=study.fixed("nvfp4", carrier="fp8"), **more)]
+
+
+def routing(study: "Study") -> list[Spec]:
+    """Routers and tables without a cache, at equal mean bits."""
+    specs = []
+    for bits in BITS:
+        late = min(LATE, round(study.settings.steps * (bits - 4) / 4))
+        dynamic = {
+            "DMPQ": {},
+            "DMPQ by stream error": {"by_stream": True},
+            f"DMPQ, INT8 in the last {LATE} steps": {"late": late},
+        }
+        policies = {
+            name: study.policy(threshold=study.threshold(bits, **options), **options)
+            for name, options in dynamic.items()
+        }
+        policies |= {
+            "static sites": study.policy(study.allocation(bits, by_step=False)),
+            "first and last steps": study.policy(study.edge_table(bits, first=0.5)),
+            "first steps": study.policy(study.edge_table(bits, first=1.0)),
+            "last steps": study.policy(study.edge_table(bits, first=0.0)),
+            "static sites and steps": study.policy(study.allocation(bits, by_step=True)),
+        }
+        specs += [
+            Spec(name=f"{name}, {bits:g} bits", group="routing", policy=policy, priority=1 if bits == 6 else 3)
+            for name, policy in policies.items()
+        ]
+    return specs
+
+
+def caching(study: "Study") -> list[Spec]:
+    """The cache in the bf16 model."""
+    specs, steps, blocks = [], study.settings.steps, study.config.num_layers
+    for share in SHARES:
+        tau = study.solve(lambda value: study.cached(tau=value), lambda spent: spent.skip_share, share, TAUS)
+        specs.append(
+            Spec(
+                name=f"TDC, {100 * share:g} % skipped",
+                group="caching",
+                policy=study.cached(tau=tau),
+                model="plain",
+                priority=1 if share == 0.3 else 3,
+                details={"tau": tau},
+            )
+        )
+    computed = Observation(
+        computed=jnp.ones((blocks, 1), bool), volatility=jnp.ones((blocks, 1)), delta_change=jnp.ones((blocks, 1))
+    )
+    for n, name in ((2, "2nd"), (3, "3rd")):
+        progress = [Progress(step=jnp.asarray(step), steps=steps) for step in range(steps)]
+        skips = np.stack([EveryNth(n=n).decide(None, computed, at)[0][:, 0] for at in progress])
+        policy = study.cached(table=skips)
+        specs.append(Spec(name=f"every {name} step skipped", group="caching", policy=policy, model="plain", priority=3))
+    return specs
+
+
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "PDR": (1, {}),
+    "naive": (1, {"stale": True, "purify": False}),
+    "INT8 after a skip": (2, {"purify": False}),
+    "PDR, clean refresh in INT8": (2, {"clean": "int8"}),
+    "PDR, clean refresh in 16 bit": (2, {"clean": "16bit"}),
+    "PDR by stream error": (2, {"by_stream": True}),
+    "PDR, clean refresh in 16 bit if a skip is in sight": (1, {"clean": "16bit", "in_sight": True}),
+    "naive, INT8 in the last steps": (1, {"stale": True, "purify": False, "late": LATE}),
+    "INT8 after a skip and in the last steps": (1, {"purify": False, "late": LATE}),
+    "PDR, INT8 in the last steps": (2, {"late": LATE}),
+    "PDR, one skip in a row": (3, {"max_skips": 1}),
+    "PDR, four skips in a row": (4, {"max_skips": 4}),
+    "PDR, warm-up of 10 steps": (4, {"warm_up": 10}),
+    "PDR, cool-down of 6 steps": (4, {"cool_down": 6}),
+    "PDR, outlier limit 15": (4, {"outlier_limit": 15.0}),
+    "PDR, cache in int8": (3, {"cache_format": "int8"}),
+    "PDR, cache in nvfp4": (3, {"cache_format": "nvfp4"}),
+}
+"""How quantisation and the cache are put together: the paper's way, less of it, and more; each with its priority."""
+
+
+def stacking(study: "Study") -> list[Spec]:
+    """Quantisation and the cache together: at the same skip share and mean bits, naive, purified, and improved."""
+    specs = []
+    for share, bits in (FULL, PROMISE):
+        label = f"({100 * share:g} %, {bits:g} bits)"
+        for name, (priority, options) in VARIANTS.items():
+            found = study.tuned(share, bits, options)
+            specs.append(
+                Spec(
+                    name=f"DMPQ + TDC, {name} {label}",
+                    group="cache format" if "cache_format" in options else "stacking",
+                    policy=study.policy(**found, **options),
+                    priority=priority,
+                    details=found,
+                )
+            )
+            if name == "PDR":
+                tau = {"tau": found["tau"]}
+                specs += [
+                    Spec(
+                        name=f"{format} + TDC, {how} {label}",
+                        group="stacking",
+                        policy=study.policy(route, **tau, purify=how == "PDR"),
+                        priority=2 if (share, bits) == PROMISE else 4,
+                        details=tau,
+                    )
+                    for route, format, how in (
+                        ("16bit", "W4A16", "naive"),
+                        ("int8", "W4A8", "naive"),
+                        ("int8", "W4A8", "PDR"),
+                        ("nvfp4", "W4A4", "naive"),
+                        ("nvfp4", "W4A4", "PDR"),
+                    )
+                ]
+    return specs
