@@ -6,7 +6,7 @@ Random weights of the published configurations, made on the device; 49 frames of
 is that of the compiled loop on its second call, synchronised, divided by its steps. Memory is what XLA's own analysis
 says of that program: arguments (weights included), temporaries and results together.
 
-Which blocks are skipped is prescribed here (every n-th step between the first and the last), since random weights say
+Which blocks are skipped is prescribed here (all of them, at steps spread evenly), since random weights say
 nothing about when it is safe; everything that a live decision costs is in the program: the branch around each block,
 volatility and delta change of computed blocks, and the cache.
 """
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from benchmarks import record
@@ -26,8 +28,9 @@ from sixbit_jax import Pipeline
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
-from sixbit_jax.precision import ConstantRouter, EveryNth, NeverSkip, PrecisionPolicy
+from sixbit_jax.precision import ConstantRouter, NeverSkip, PrecisionPolicy
 from sixbit_jax.precision.accounting import summary
+from sixbit_jax.precision.types import Observation, Progress
 from sixbit_jax.qtensor import quantize_model
 from sixbit_jax.sampling import sampler, schedulers
 
@@ -39,10 +42,22 @@ MODELS: dict[str, Callable[[], Split]] = {
 
 
 @struct.dataclass(kw_only=True)
-class Prescribed(EveryNth):
-    """`EveryNth` that measures what the delta cache's own skipper would."""
+class Prescribed:
+    """Skips all blocks at a share of the steps, spread evenly, and measures what the cache's own skipper would."""
 
+    share: float = struct.field(pytree_node=False)
+    never = False
     observes = True
+
+    def init(self, blocks: int, groups: int) -> None:
+        return None
+
+    def decide(self, state: None, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, None]:
+        skips = np.zeros(progress.steps + 1, bool)
+        skips[np.linspace(2, progress.steps - 2, round(self.share * progress.steps)).round().astype(int)] = True
+        shape = observation.computed.shape
+        skip, soon = (jnp.broadcast_to(jnp.asarray(skips)[progress.step + i], shape) for i in range(2))
+        return skip, soon & ~skip, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,19 +86,20 @@ class Row:
     compile_s: float
 
 
-def policies(cache: str) -> dict[str, PrecisionPolicy]:
+def policies(cache: str, shares: list[float]) -> dict[str, PrecisionPolicy]:
     """Rows after bf16, by name."""
     router = ConstantRouter(route="int8")
     rows = {"INT8": PrecisionPolicy(router=router, skipper=NeverSkip())}
-    for n in (4, 3, 2):
-        skipper = Prescribed(n=n, warm_up=1, cool_down=1)
-        name = f"INT8, every {n}th step skipped, cache {cache}".replace("2th", "2nd").replace("3th", "3rd")
-        rows[name] = PrecisionPolicy(router=router, skipper=skipper, cache_format=cache)
+    for share in shares:
+        name = f"INT8, {share:.0%} of the blocks skipped, cache {cache}"
+        rows[name] = PrecisionPolicy(router=router, skipper=Prescribed(share=share), cache_format=cache)
     return rows
 
 
-def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy | None, steps: int) -> Row:
-    """Compiles and times one row; `speed` is still to be filled in."""
+def sampling_program(
+    transformer: Split, policy: PrecisionPolicy | None, steps: int
+) -> tuple[jax.stages.Compiled, list[jax.Array]]:
+    """The compiled sampling loop for one video of the published size, and what it is called with."""
     config = transformer.merge().config
     frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
     shape = (1, frames, config.in_channels, config.sample_height, config.sample_width)
@@ -100,8 +116,13 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
         arguments, policy = jax.tree.unflatten(structure, leaves)
         return sampler.sample(*arguments, policy=policy)
 
+    return jax.jit(run).lower(leaves).compile(), leaves
+
+
+def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy | None, steps: int) -> Row:
+    """Compiles and times one row; `speed` is still to be filled in."""
     start = time.perf_counter()
-    compiled = jax.jit(run).lower(leaves).compile()
+    compiled, leaves = sampling_program(transformer, policy, steps)
     compile_s = time.perf_counter() - start
     for _ in range(2):
         start = time.perf_counter()
@@ -111,7 +132,7 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     skip_share, mean_bits = 0.0, 16.0
     if policy is not None:
-        counted = summary(jax.device_get(trace.precision), config)
+        counted = summary(jax.device_get(trace.precision), transformer.merge().config)
         skip_share, mean_bits = counted.skip_share, counted.mean_bits
     return Row(
         model=model,
@@ -127,13 +148,13 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
     )
 
 
-def rows(model: str, steps: int, caches: list[str]) -> Iterator[Row]:
+def rows(model: str, steps: int, caches: list[str], shares: list[float]) -> Iterator[Row]:
     """All rows of a model, bf16 first."""
     transformer = MODELS[model]()
     baseline = measure(model, "bf16", transformer, None, steps)
     yield baseline
     transformer = Split.of(quantize_model(transformer.merge()))
-    wanted = {name: policy for cache in caches for name, policy in policies(cache).items()}
+    wanted = {name: policy for cache in caches for name, policy in policies(cache, shares).items()}
     for name, policy in wanted.items():
         row = measure(model, name, transformer, policy, steps)
         yield dataclasses.replace(row, speed=round(baseline.step_ms / row.step_ms, 3))
@@ -157,12 +178,13 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mini"])
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of each run")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of skipped blocks")
     parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the delta cache")
     parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     arguments = parser.parse_args(argv)
     found: list[Row] = []
     for model in arguments.models:
-        for row in rows(model, arguments.steps, arguments.caches):
+        for row in rows(model, arguments.steps, arguments.caches, arguments.shares):
             found.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     record.write(arguments.out, program="benchmarks.end_to_end", argv=argv, rows=found, table=table(found))

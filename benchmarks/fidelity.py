@@ -33,6 +33,7 @@ import numpy as np
 from benchmarks import fidelity_report
 from benchmarks.fidelity_policies import StudyRouter, StudySkipper
 from benchmarks.fidelity_rows import TAUS, Spec, all_rows, few_rows
+from pallas_kernels.delta_cache import api as delta_cache
 from sixbit_jax import Pipeline, metrics
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
@@ -58,7 +59,7 @@ from sixbit_jax.training.evaluate import judge
 GUIDANCE = 6.0
 SOLVERS = {"DDIM": "CogVideoXDDIMScheduler", "DPM": "CogVideoXDPMScheduler"}
 SEMANTICS = ("digit", "colour", "direction")
-OPERATIONS = ("adaln_quantize", "nvfp4_cast", "rotate_quantize", "scaled_matmul", "weight_only_matmul")
+OPERATIONS = ("adaln_quantize", "norm_rotary", "nvfp4_cast", "rotate_quantize", "scaled_matmul", "weight_only_matmul")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ class Fit:
 def xla_only() -> Iterator[None]:
     """Inside, `implementation=None` takes the XLA implementation of every operation."""
     tables = [importlib.import_module(f"pallas_kernels.{name}.api").IMPLEMENTATIONS for name in OPERATIONS]
+    tables += [delta_cache.STORE, delta_cache.APPLY]
     kept = [dict(table) for table in tables]
     for table in tables:
         for name in set(table) - {"xla"}:

@@ -4,15 +4,21 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 
 def write(
-    out: Path | None, *, program: str, argv: Sequence[str] | None, rows: Sequence[Any], table: str, **more: Any
+    out: Path | None,
+    *,
+    program: str,
+    argv: Sequence[str] | None,
+    rows: Sequence[Any],
+    table: str,
+    device: Mapping[str, str] | None = None,
+    versions: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> None:
     """Writes `out` and, with the suffix .md, the table; nothing if `out` is None.
 
@@ -22,14 +28,21 @@ def write(
         argv: the arguments it was given; None for those of this process.
         rows: dataclasses.
         table: Markdown.
+        device: kind and platform; None for JAX's first device.
+        versions: by package; None for those of JAX and what is built on it.
         **more: further entries.
     """
     if out is None:
         return
-    device = jax.devices()[0]
+    if device is None:
+        import jax
+
+        device = {"kind": jax.devices()[0].device_kind, "platform": jax.devices()[0].platform}
+    if versions is None:
+        versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "orbax-checkpoint")}
     record = {
-        "device": {"kind": device.device_kind, "platform": device.platform},
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "orbax-checkpoint")},
+        "device": device,
+        "versions": versions,
         "command": f"python -m {program} " + " ".join(sys.argv[1:] if argv is None else argv),
         **more,
         "rows": [dataclasses.asdict(row) for row in rows],

@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--operations", nargs="+", choices=list(FUNCTIONS), default=list(FUNCTIONS))
     parser.add_argument("--only", default="", help="tune only shapes whose name holds this")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument("--targets", nargs="+", help="tune only these types of results; default: all")
     parser.add_argument("--run-ms", type=float, default=4.0, help="how long each of three timed runs takes")
     parser.add_argument("--most", type=int, default=1000, help="try only so many configurations of a case")
     parser.add_argument("--threads", type=int, default=8, help="that compile")
@@ -86,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     with interpreted, concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
         for workload in everything(tiny=options.tiny):
             if workload.operation not in options.operations or options.only not in workload.name:
+                continue
+            if options.targets is not None and workload.target not in options.targets:
                 continue
             for implementation in implementations(workload.operation):
                 if workload.refusal(implementation) is not None or not hasattr(

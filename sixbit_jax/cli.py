@@ -1,4 +1,4 @@
-"""The `sixbit` command: convert a checkpoint, look at it, calibrate it, generate. JAX is imported by what needs it."""
+"""The `sixbit` command: convert a checkpoint, look at it, calibrate it, generate, report. JAX is imported late."""
 
 import concurrent.futures
 import contextlib
@@ -22,7 +22,7 @@ from sixbit_jax.command import run, shows_user_errors
 from sixbit_jax.errors import TruncatedPromptWarning
 
 app = typer.Typer(
-    help="Text to video from CogVideoX checkpoints: convert one, look at it, calibrate it, generate.",
+    help="Text to video from CogVideoX checkpoints: convert one, look at it, calibrate it, generate, report.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -145,24 +145,40 @@ def _thresholds(policy: Any) -> dict[str, float]:
     return {name: float(part.threshold) for name, part in parts.items() if hasattr(part, "threshold")}
 
 
+def _group(output: Any, position: int) -> int:
+    """Which group of a run's trace a video of its batch belongs to; a batch that was decided on jointly has one."""
+    return position if len(output.summary.videos) > 1 else 0
+
+
+def _compile_all_but_sampling(pipe: Any, settings: dict[str, Any]) -> None:
+    """Runs a pipeline's text encoder and VAE once, so that the compilation of a call is that of its sampling loop."""
+    import jax
+    import jax.numpy as jnp
+
+    if pipe.text_encoder is None or pipe.tokenizer is None or pipe.vae is None:
+        return  # the call says what is missing
+    frames, height, width = (settings[name] for name in ("num_frames", "height", "width"))
+    latents = jnp.zeros((1, *pipe._latents_shape(frames, height, width)))
+    weight = jax.tree.leaves(pipe.transformer)[0]
+    if weight.committed:  # to a device: so will be what it makes, and JAX compiles for such arrays anew
+        latents = jax.device_put(latents, weight.sharding)
+    pipe.encode([""])
+    pipe.decode(latents, frames)
+
+
 TRACE_SUFFIXES = (".trace.npz", ".trace.png")
 """Of the decisions of a quantised run: arrays [steps, blocks] or [steps, blocks, sites], and their picture."""
 
 
 def _save_trace(out: Path, trace: Any, group: int, *, title: str) -> None:
     """Writes the trace of one video beside it."""
-    import dataclasses
+    from sixbit_jax import report, trace_plot, video
 
-    import numpy as np
-
-    from sixbit_jax import trace_plot, video
-
-    arrays = {field.name: np.asarray(getattr(trace, field.name))[:, :, group] for field in dataclasses.fields(trace)}
-    with video.replacing(out.with_suffix(TRACE_SUFFIXES[0])) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    report.save_trace(out.with_suffix(TRACE_SUFFIXES[0]), trace, group)
     with video.replacing(out.with_suffix(TRACE_SUFFIXES[1])) as partial:
         picture = partial.with_suffix(".png")
         try:
+            title = title.replace("$", r"\$")  # no formula
             trace_plot.save_trace(trace, picture, title=title, video=group)
             picture.replace(partial)
         finally:
@@ -176,7 +192,16 @@ app.command("convert")(convert)
 @shows_user_errors
 def generate(
     prompt: Annotated[list[str], typer.Option(help="What to show. Repeat it for several videos in one batch.")],
-    out: Annotated[Path, typer.Option(help="The mp4 to write; several videos get _0, _1, ... before the suffix.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The mp4 to write; several videos get _0, _1, ... before the suffix.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead of --out: run once quantised and once not, and write both, and a page that compares them.",
+        ),
+    ] = None,
     model: Model = "mini",
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
@@ -206,14 +231,21 @@ def generate(
 
     With --quantization, the decisions of every step are written too, as arrays (.trace.npz) and drawn (.trace.png).
     """
-    if out.suffix != ".mp4":
+    if (out is None) == (report is None):
+        raise typer.BadParameter("give exactly one of the two", param_hint="--out, --report")
+    if out is not None and out.suffix != ".mp4":
         raise typer.BadParameter(f"{out} must end in .mp4", param_hint="--out")
+    if report is not None and len(prompt) > 1:
+        raise typer.BadParameter("takes one prompt", param_hint="--report")
+    if report is not None and quantization is None:
+        raise typer.BadParameter("goes with --quantization", param_hint="--report")
     import dataclasses
 
     import jax
 
+    from sixbit_jax import report as reports
     from sixbit_jax import video
-    from sixbit_jax.pipeline import Pipeline
+    from sixbit_jax.pipeline import Pipeline, PipelineOutput
     from sixbit_jax.precision.targets import QuantizationConfig
 
     config = None if quantization is None else QuantizationConfig.named(quantization)
@@ -225,18 +257,21 @@ def generate(
             )
         config = dataclasses.replace(config, **targets)
 
-    outputs = _outputs(out, len(prompt))
+    outputs = _outputs(out, len(prompt)) if out else [report / name for name in (*reports.FILES, reports.PAGE)]
     for path in outputs:
         video.check_writable(path)
-        for suffix in (".json",) if config is None else (".json", *TRACE_SUFFIXES):
+        for suffix in () if report else (".json",) if config is None else (".json", *TRACE_SUFFIXES):
             video.check_writable(path.with_suffix(suffix))
     if compilation_cache:
         _enable_compilation_cache()
 
-    pipe = Pipeline.from_pretrained(
-        model, dtype=dtype.value, vae_tiling=vae_tiling, quantization=config, calibration=calibration
-    )
-    pipe = _with_scheduler(pipe, scheduler)
+    def load(config: QuantizationConfig | None) -> Pipeline:
+        pipe = Pipeline.from_pretrained(
+            model, dtype=dtype.value, vae_tiling=vae_tiling, quantization=config, calibration=calibration
+        )
+        return _with_scheduler(pipe, scheduler)
+
+    pipe = load(config)
     own_frames, own_height, own_width = pipe.default_size
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -248,22 +283,30 @@ def generate(
         "use_dynamic_cfg": use_dynamic_cfg,
         "seed": 0 if not seed else seed[0] if len(seed) == 1 else seed,
     }
-    with (
-        _shown_in_one_line(TruncatedPromptWarning),
-        tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=None) as bar,
-    ):
-        result = _interruptible(lambda: pipe(prompt, **settings, on_step=lambda index: bar.update()))
+
+    def sample(pipe: Pipeline, what: str) -> PipelineOutput:
+        with tqdm(total=num_inference_steps, desc=what, unit="step", disable=None) as bar:
+
+            def call() -> PipelineOutput:
+                if report is not None:
+                    _compile_all_but_sampling(pipe, settings)
+                return pipe(prompt, **settings, on_step=lambda index: bar.update())
+
+            return _interruptible(call)
+
+    with _shown_in_one_line(TruncatedPromptWarning):
+        result = sample(pipe, "sampling")
 
     device = jax.devices()[0]
-    for i, (path, frames) in enumerate(zip(outputs, result.frames, strict=True)):
-        video.write_mp4(path, frames, fps=fps)
+
+    def recorded(i: int) -> dict[str, Any]:
         record = {
             "prompt": prompt[i],
             "batch": prompt,
             "position_in_batch": i,
             "model": model,
             **settings,
-            "frames_written": len(frames),
+            "frames_written": len(result.frames[i]),
             "fps": fps,
             "dtype": dtype.value,
             "vae_tiling": vae_tiling,
@@ -277,16 +320,43 @@ def generate(
             "command": sys.argv,
         }
         if result.summary is not None:
-            position = i if len(result.summary.videos) > 1 else 0
-            record["summary"] = _summary_record(result.summary.videos[position])
+            record["summary"] = _summary_record(result.summary.videos[_group(result, i)])
             record["thresholds"] = _thresholds(pipe.policy(num_inference_steps))
-            _save_trace(path, result.trace.precision, position, title=f"{quantization}: {prompt[i]}")
-        with video.replacing(path.with_suffix(".json")) as partial:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {path}")
+        return record
+
+    if report is not None:
+        record, guided = recorded(0), guidance_scale > 1
+        runs = {"quantized": reports.measured(pipe, result, guided=guided)}
+        del pipe  # the device need not hold both
+        pipe = load(None)
+        reference = sample(pipe, "reference")
+        runs["reference"] = reports.measured(pipe, reference, guided=guided)
+        for name in ("batch", "position_in_batch", "seconds"):  # there is one video, and `runs` has the times of each
+            del record[name]
+        reports.save_run(report, record | {"runs": runs}, result, reference)
+        typer.echo(f"wrote {reports.write(report)}")
+    else:
+        for i, (path, frames) in enumerate(zip(outputs, result.frames, strict=True)):
+            video.write_mp4(path, frames, fps=fps)
+            if result.summary is not None:
+                _save_trace(path, result.trace.precision, _group(result, i), title=f"{quantization}: {prompt[i]}")
+            with video.replacing(path.with_suffix(".json")) as partial:
+                partial.write_text(json.dumps(recorded(i), indent=2) + "\n", encoding="utf-8")
+            typer.echo(f"wrote {path}")
     if result.summary is not None:
         typer.echo(_summary_line(result.summary))
     typer.echo("  ".join(f"{name} {value:.1f} s" for name, value in result.timings.items()))
+
+
+@app.command("report")
+@shows_user_errors
+def write_report(
+    folder: Annotated[Path, typer.Argument(help="Written by `sixbit generate --quantization NAME --report FOLDER`.")],
+) -> None:
+    """Make the page of a run again: report.html, from the files in its folder, with everything embedded."""
+    from sixbit_jax import report
+
+    typer.echo(f"wrote {report.write(folder)}")
 
 
 @app.command()

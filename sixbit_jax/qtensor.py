@@ -87,7 +87,8 @@ class QuantLinear(nnx.Module):
         The weight is cast once to the activation's own type. `epilogue` is that of `scaled_matmul`, less the bias.
         """
         carrier = {codes: name for name, codes in CARRIERS.items()}.get(x.codes.dtype, "int8")
-        weight = cast(self.weight, to=carrier)
+        with jax.named_scope("cast"):
+            weight = cast(self.weight, to=carrier)
         return scaled_matmul(x, weight, bias=self._bias, out_dtype=self.dtype, **epilogue)
 
     def __call__(

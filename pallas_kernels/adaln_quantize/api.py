@@ -3,15 +3,13 @@
 from jaxtyping import Array, Float
 
 from pallas_kernels.adaln_quantize import pallas_triton, xla
-from pallas_kernels.common.choice import Implementation, choose, untested
+from pallas_kernels.common.choice import Implementation, choose
 from pallas_kernels.common.formats import CarriedArray, Int8Array, NVFP4Array, hadamard_block
 from pallas_kernels.rotate_quantize.api import check_format
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 IMPLEMENTATIONS = {
-    "pallas_triton": Implementation(
-        run=pallas_triton.adaln_quantize, refusal=pallas_triton.refusal, passed_over=untested
-    ),
+    "pallas_triton": Implementation(run=pallas_triton.adaln_quantize, refusal=pallas_triton.refusal),
     "xla": xla.adaln_quantize,
 }
 
@@ -31,7 +29,9 @@ def adaln_quantize(
     carrier: str | None = None,
     implementation: str | None = None,
 ) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]:
-    """Quantises y = layer_norm(x) * (1 + scale) + shift, all of it in float32. `reference.py` defines the result.
+    """Quantises y = layer_norm(x) * (1 + scale) + shift. `reference.py` defines the result.
+
+    y is computed in float32 and rounded once, to x's dtype: what follows is `rotate_quantize` of that.
 
     Rows are quantised one by one: an NVFP4 tensor scale belongs to one row. A row that holds a NaN or an infinity gets
     NaN scales.

@@ -26,9 +26,9 @@ from pallas_kernels.rotate_quantize.types import RowStatistics
 def heuristic(*, k: int, hadamard: int, target: str) -> Config:
     """The configuration for rows of k values without a tuned one; `target` is "int8", "nvfp4" or a carrier.
 
-    One chunk, since float32 values and their statistics take registers as well.
+    Several rows a program, as all of a program's rows share what they are modulated with.
     """
-    return rotation.heuristic(k=k, hadamard=hadamard, target=target, most_chunks=1)
+    return dataclasses.replace(rotation.heuristic(k=k, hadamard=hadamard, target=target), width=min(64, hadamard or 64))
 
 
 def candidates(*, k: int, hadamard: int, target: str) -> list[Config]:
@@ -108,7 +108,7 @@ def _adaln_quantize(
     return rotation.quantize_rows(
         prologue,
         [x.reshape(-1, dim), gain.reshape(-1, dim), offset.reshape(-1, dim)],
-        dtype=jnp.float32,
+        dtype=x.dtype,
         rows=(batch, tokens),
         size=dim,
         output=output,
@@ -162,8 +162,9 @@ def _modulated(
     squares = functools.reduce(jnp.add, [difference * difference for difference in squares])
     inverse = jax.lax.rsqrt(squares.sum(2).sum(1) * (1 / dim) + epsilon)
 
-    def source(where: Geometry, chunk, slice_: int | None, part: int | None) -> Float32[Array, "rows blocks columns"]:
+    def source(where: Geometry, chunk, slice_: int | None, part: int | None) -> Float[Array, "rows blocks columns"]:
         gain, offset = (where.load_one_row(ref, kind, chunk, slice_, part) for ref in (gain_ref, offset_ref))
-        return centred(where, chunk, slice_, part) * inverse[:, None, None] * gain + offset
+        values = centred(where, chunk, slice_, part) * inverse[:, None, None] * gain + offset
+        return values.astype(x_ref.dtype)
 
     return cut, source

@@ -1,8 +1,8 @@
 """The definition of `adaln_quantize`, in NumPy: `modulate`, then `rotate_quantize` row by row.
 
-Sums over a row have no order, so `modulate` is what it is in exact arithmetic (float64, rounded once), and an
-implementation in float32 is within `modulation_bound` of that. The rest of the definition then holds, to the bit, for
-what it modulated to.
+Sums over a row have no order, so `modulate` is what it is in exact arithmetic (float64, rounded once, to x's dtype),
+and an implementation in float32, rounded once, is within `modulation_bound` of that. The rest of the definition then
+holds, to the bit, for what it modulated to.
 """
 
 import numpy as np
@@ -57,14 +57,15 @@ def modulate(
     text_length: int,
     epsilon: float,
 ) -> np.ndarray:
-    """((x - mean) / sqrt(variance + epsilon) * norm_scale + norm_bias) * (1 + scale) + shift, float32 of x's shape."""
+    """((x - mean) / sqrt(variance + epsilon) * norm_scale + norm_bias) * (1 + scale) + shift, in x's dtype."""
+    dtype = x.dtype
     x, norm_scale, norm_bias, shift, scale = (
         np.asarray(value, np.float64) for value in (x, norm_scale, norm_bias, shift, scale)
     )
     centred = x - x.mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(epsilon).astype(np.float64))
     shift, scale = (rows_of(value, x.shape[1], text_length) for value in (shift, scale))
-    return ((normed * norm_scale + norm_bias) * (1 + scale) + shift).astype(np.float32)
+    return ((normed * norm_scale + norm_bias) * (1 + scale) + shift).astype(dtype)
 
 
 def rows_of(modulation: np.ndarray, tokens: int, text_length: int) -> np.ndarray:
@@ -83,13 +84,16 @@ def modulation_bound(
     text_length: int,
     epsilon: float,
 ) -> np.ndarray:
-    """Largest |float32 result - `modulate`| of each value, float64 of x's shape, to first order.
+    """Largest |result - `modulate`| of each value, float64 of x's shape, to first order.
 
-    In units of 2^-24, with r = 1/sqrt(variance + epsilon): sums are added in blocks or trees of at most sqrt(dim) in
-    depth. So a mean is off by (sqrt(dim) + 2) * mean|x|, which centring passes on, and a variance by (sqrt(dim) + 5)
-    times itself, of which half moves the row. A reciprocal square root is off by 2. Eight products and sums follow, on
-    values no larger than |normed * norm_scale| + |norm_bias|, times |1 + scale|, plus |shift|.
+    What is computed in float32 is rounded to x's dtype: nearly always to what `modulate` rounds to, and to its
+    neighbour where a midpoint of two lies between. Before that rounding, in units of 2^-24, with
+    r = 1/sqrt(variance + epsilon): sums are added in blocks or trees of at most sqrt(dim) in depth. So a mean is off by
+    (sqrt(dim) + 2) * mean|x|, which centring passes on, and a variance by (sqrt(dim) + 5) times itself, of which half
+    moves the row. A reciprocal square root is off by 2. Eight products and sums follow, on values no larger than
+    |normed * norm_scale| + |norm_bias|, times |1 + scale|, plus |shift|.
     """
+    dtype = x.dtype
     x, norm_scale, norm_bias, shift, scale = (
         np.asarray(value, np.float64) for value in (x, norm_scale, norm_bias, shift, scale)
     )
@@ -98,8 +102,12 @@ def modulation_bound(
     inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
     mean_error = (depth + 3) * np.abs(x).mean(-1, keepdims=True) * inverse
     normed = np.abs(centred) * inverse
-    shift, scale = (np.abs(rows_of(value, x.shape[1], text_length)) for value in (shift, scale))
+    shift, scale = (rows_of(value, x.shape[1], text_length) for value in (shift, scale))
+    exact = (centred * inverse * norm_scale + norm_bias) * (1 + scale) + shift
+    shift, scale = np.abs(shift), np.abs(scale)
     # A mean that is off adds its square to the variance: beside 2^-24 * mean_error that is nothing.
     gain = np.abs(norm_scale) * (1 + scale)
     relative = (depth / 2 + 16) * normed + mean_error + normed * mean_error**2 * 2.0**-24
-    return 2.0**-24 * (relative * gain + 8 * (np.abs(norm_bias) * (1 + scale) + shift))
+    room = 2.0**-24 * (relative * gain + 8 * (np.abs(norm_bias) * (1 + scale) + shift))
+    low, middle, high = ((exact + off).astype(dtype).astype(np.float64) for off in (-room, 0, room))
+    return np.maximum(high - middle, middle - low)

@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from pallas_kernels.common.formats import CarriedArray, Int8Array, NVFP4Array
+from pallas_kernels.common.xla import rounded
 from pallas_kernels.rotate_quantize import xla as rotation
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
@@ -57,8 +58,9 @@ def modulate(
     scale: Float[Array, "batch 2 dim"],
     text_length: int,
     epsilon: float,
-) -> Float32[Array, "batch tokens dim"]:
-    """Layer norm with two-pass variance, then modulation; float32 throughout."""
+) -> Float[Array, "batch tokens dim"]:
+    """Layer norm with two-pass variance, then modulation, in float32, rounded once to x's dtype."""
+    dtype = x.dtype
     x, norm_scale, norm_bias, shift, scale = (
         value.astype(jnp.float32) for value in (x, norm_scale, norm_bias, shift, scale)
     )
@@ -66,4 +68,4 @@ def modulate(
     normed = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
     text = (jnp.arange(x.shape[1]) < text_length)[:, None]
     shift, scale = (jnp.where(text, value[:, :1], value[:, 1:]) for value in (shift, scale))
-    return (normed * norm_scale + norm_bias) * (1 + scale) + shift
+    return rounded((normed * norm_scale + norm_bias) * (1 + scale) + shift, dtype)

@@ -1,5 +1,7 @@
 """Full attention of every token to every token, in one operation."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import pallas_mosaic_gpu, xla
@@ -41,3 +43,29 @@ def attention(
             f"query, key and value must be [batch, tokens, heads, head], alike and not empty, found {', '.join(found)}"
         )
     return choose("attention", IMPLEMENTATIONS, implementation, query, key, value)(query, key, value)
+
+
+def packed_attention(qkv: Float[Array, "..."], *, implementation: str | None = None) -> Float[Array, "..."]:
+    """`attention` of queries, keys and values that are the three thirds of the heads of one array.
+
+    The Mosaic kernel reads them where they are; the other implementations copy them apart.
+
+    Args:
+        qkv: [batch, tokens, 3 * heads, head].
+        implementation: as there.
+
+    Returns:
+        [batch, tokens, heads, head].
+
+    Raises:
+        ValueError: if qkv is of another shape.
+        NotImplementedError: as there.
+    """
+    if qkv.ndim != 4 or qkv.shape[2] % 3 or not qkv.size:
+        raise ValueError(f"qkv must be [batch, tokens, 3 * heads, head] and not empty, found {qkv.shape}")
+    batch, tokens, heads, head = qkv.shape
+    third = jax.ShapeDtypeStruct((batch, tokens, heads // 3, head), qkv.dtype)
+    run = choose("attention", IMPLEMENTATIONS, implementation, third, third, third)
+    if run is pallas_mosaic_gpu.attention:
+        return pallas_mosaic_gpu.packed_attention(qkv)
+    return run(*jnp.split(qkv, 3, axis=2))

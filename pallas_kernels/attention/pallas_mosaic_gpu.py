@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common import device
 
+Operand = jax.Array | jax.ShapeDtypeStruct
 REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
 """Registers of a thread that multiplies and of one that loads, by the number of warpgroups that multiply."""
 
@@ -59,7 +60,7 @@ def candidates(*, tokens: int, head: int) -> list[Config]:
     return two + three
 
 
-def refusal(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
+def refusal(query: Operand, key: Operand, value: Operand) -> str | None:
     """Why this kernel can't do the call on the default device, if so."""
     if query.dtype.name not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, not {query.dtype}"
@@ -82,26 +83,39 @@ def attention(
     """See `api.attention`; `config` None takes the heuristic's."""
     if config is None:
         config = heuristic(tokens=query.shape[1], head=query.shape[3])
-    return _attention(query, key, value, config=config)
+    return _attention(query, key, value, heads=query.shape[2], first=(0, 0, 0), config=config)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _attention(
-    query: Float[Array, "batch tokens heads head"],
-    key: Float[Array, "batch tokens heads head"],
-    value: Float[Array, "batch tokens heads head"],
-    *,
-    config: Config,
+def packed_attention(
+    qkv: Float[Array, "batch tokens three_heads head"], *, config: Config | None = None
 ) -> Float[Array, "batch tokens heads head"]:
-    batch, tokens, heads, head = query.shape
+    """See `api.packed_attention`; `config` None takes the heuristic's."""
+    _, tokens, heads, head = qkv.shape
+    heads //= 3
+    config = config or heuristic(tokens=tokens, head=head)
+    return _attention(qkv, qkv, qkv, heads=heads, first=(0, heads, 2 * heads), config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "first", "config"))
+def _attention(
+    query: Float[Array, "batch tokens query_heads head"],
+    key: Float[Array, "batch tokens key_heads head"],
+    value: Float[Array, "batch tokens value_heads head"],
+    *,
+    heads: int,
+    first: tuple[int, int, int],
+    config: Config,
+) -> Float[Array, "batch tokens {heads} head"]:
+    """`heads` heads of each operand, from its `first` on."""
+    batch, tokens, _, head = query.shape
     steps = pl.cdiv(tokens, config.keys)
     stages = min(config.stages, steps)
     kernel = functools.partial(
-        _kernel, config=config, tokens=tokens, head=head, steps=steps, stages=stages, dtype=query.dtype
+        _kernel, config=config, first=first, tokens=tokens, head=head, steps=steps, stages=stages, dtype=query.dtype
     )
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        out_type=jax.ShapeDtypeStruct((batch, tokens, heads, head), query.dtype),
         scratch_types={
             "tile": _swizzled((config.warpgroups, config.rows, head), query.dtype),
             "keys": _swizzled((stages, config.keys, head), query.dtype),
@@ -125,9 +139,23 @@ def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def _kernel(query, key, value, out, *, config: Config, tokens: int, head: int, steps: int, stages: int, dtype, **smem):
+def _kernel(
+    query,
+    key,
+    value,
+    out,
+    *,
+    config: Config,
+    first: tuple[int, int, int],
+    tokens: int,
+    head: int,
+    steps: int,
+    stages: int,
+    dtype,
+    **smem,
+):
     """A block: `warpgroups` tiles of queries of one sample and head."""
-    sample, number, first = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+    sample, number, tiles = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
     warpgroup = jax.lax.axis_index("warpgroup")
     multiplying, loading = REGISTERS[config.warpgroups]
 
@@ -138,27 +166,28 @@ def _kernel(query, key, value, out, *, config: Config, tokens: int, head: int, s
         @pl.loop(0, steps)
         def _(step):
             slot = jax.lax.rem(step, stages)
-            source = (sample, pl.ds(step * config.keys, config.keys), number)
-            for name, ref in (("keys", key), ("values", value)):
+            rows = pl.ds(step * config.keys, config.keys)
+            for name, ref, start in (("keys", key, first[1]), ("values", value, first[2])):
 
                 @pl.when(step >= stages)
                 def _(name=name):
                     plgpu.barrier_wait(smem[f"{name}_read"].at[slot])
 
-                plgpu.copy_gmem_to_smem(ref.at[source], smem[name].at[slot], smem[f"{name}_loaded"].at[slot])
+                source = ref.at[sample, rows, start + number]
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem[f"{name}_loaded"].at[slot])
 
     @pl.when(warpgroup < config.warpgroups)
     def _():
         plgpu.set_max_registers(multiplying, action="increase")
-        row = (first * config.warpgroups + warpgroup) * config.rows
+        row = (tiles * config.warpgroups + warpgroup) * config.rows
         tile = smem["tile"].at[warpgroup]
-        place = (sample, pl.ds(row, config.rows), number)
-        plgpu.copy_gmem_to_smem(query.at[place], tile, smem["queries_loaded"].at[warpgroup])
+        rows = pl.ds(row, config.rows)
+        plgpu.copy_gmem_to_smem(query.at[sample, rows, first[0] + number], tile, smem["queries_loaded"].at[warpgroup])
         plgpu.barrier_wait(smem["queries_loaded"].at[warpgroup])
         result = _attend(tile, warpgroup, smem, config, tokens, head, steps, stages, dtype)
         tile[...] = result.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, out.at[place])
+        plgpu.copy_smem_to_gmem(tile, out.at[sample, rows, number])
         plgpu.wait_smem_to_gmem(0)
 
 

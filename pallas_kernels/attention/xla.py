@@ -5,6 +5,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common import device
 
+Operand = jax.Array | jax.ShapeDtypeStruct
+
 
 def attention(
     query: Float[Array, "batch tokens heads head"],
@@ -25,7 +27,7 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-def cudnn_refusal(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
+def cudnn_refusal(query: Operand, key: Operand, value: Operand) -> str | None:
     """Why cuDNN can't do the call on the default device, if so."""
     if query.dtype.name not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, not {query.dtype}"

@@ -12,11 +12,6 @@ def _never(*args, **kwargs) -> None:
     return None
 
 
-def untested(*args, **kwargs) -> str:
-    """Why an implementation is passed over whose present code has not passed tests/gpu on a device."""
-    return "its present code has not passed `make test-gpu` on a device"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Implementation:
     """One way to run an operation, which not every device and call can take.

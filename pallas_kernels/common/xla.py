@@ -39,7 +39,8 @@ def decode_e4m3(codes: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
     normal = _from_bits((magnitude + ((127 - 7) << 3)) << 20)
     value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * E4M3_MIN, normal)
     value = jnp.where(magnitude == E4M3_NAN, jnp.nan, value)
-    return jnp.where(codes >= 0x80, -value, value)
+    # A product, because Triton negates by subtracting from zero, which loses the sign of one.
+    return value * jnp.where(codes >= 0x80, -1.0, 1.0)
 
 
 def encode_e2m1_magnitude(values: Float32[Array, "*n"], scale: Float32[Array, "*m"]) -> Int32[Array, "*n"]:
@@ -87,6 +88,14 @@ def dequantize(array: NVFP4Array | Int8Array | CarriedArray, dtype: DTypeLike = 
     else:
         values, scale = in_code_units(array), array.tensor_scale
     return (values * expand_to(scale, values.ndim)).astype(dtype)
+
+
+def rounded(values: Float32[Array, "*n"], dtype: DTypeLike) -> Float[Array, "*n"]:
+    """Values in a dtype, rounded to nearest even; to bfloat16 for certain, where XLA may leave out a conversion that is
+    followed by the opposite one."""
+    if dtype == jnp.bfloat16:
+        values = jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    return values.astype(dtype)
 
 
 def reciprocal(values: Float32[Array, "*n"]) -> Float32[Array, "*n"]:

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.choice import Implementation, choose, untested
+from pallas_kernels.common.choice import Implementation, choose
 from pallas_kernels.common.formats import (
     BLOCK,
     CARRIERS,
@@ -16,9 +16,7 @@ from pallas_kernels.rotate_quantize import pallas_triton, xla
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 IMPLEMENTATIONS = {
-    "pallas_triton": Implementation(
-        run=pallas_triton.rotate_quantize, refusal=pallas_triton.refusal, passed_over=untested
-    ),
+    "pallas_triton": Implementation(run=pallas_triton.rotate_quantize, refusal=pallas_triton.refusal),
     "xla": xla.rotate_quantize,
 }
 FORMATS = ("nvfp4", "int8")

@@ -4,15 +4,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.choice import Implementation, choose, untested
+from pallas_kernels.common.choice import Implementation, choose
 from pallas_kernels.common.epilogue import Epilogue
 from pallas_kernels.common.formats import CarriedArray, Int8Array, check_operands
 from pallas_kernels.scaled_matmul import pallas_mosaic_gpu, pallas_triton, xla
 
 IMPLEMENTATIONS = {
-    "pallas_mosaic_gpu": Implementation(
-        run=pallas_mosaic_gpu.scaled_matmul, refusal=pallas_mosaic_gpu.refusal, passed_over=untested
-    ),
+    "pallas_mosaic_gpu": Implementation(run=pallas_mosaic_gpu.scaled_matmul, refusal=pallas_mosaic_gpu.refusal),
     "pallas_triton": Implementation(
         run=pallas_triton.scaled_matmul, refusal=pallas_triton.refusal, passed_over=pallas_triton.slower
     ),

@@ -8,7 +8,8 @@ about two instructions to decode and half of one for each row of x, and no block
 multiplies the sum of its block of 16, in float32. A program has whole rows of weights, so there is one sum, in a fixed
 order.
 
-Many rows: the weight is cast to bfloat16 by `nvfp4_cast.pallas_triton`, and XLA multiplies.
+Many rows: the weight is cast to bfloat16 by `nvfp4_cast.pallas_triton`. Where `scaled_matmul.pallas_mosaic_gpu` takes
+the call, it multiplies, with the epilogue in the same kernel; elsewhere XLA does.
 """
 
 import dataclasses
@@ -21,14 +22,15 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Float64, Int32
+from jaxtyping import Array, BFloat16, Float, Float32, Float64, Int32
 
 from pallas_kernels.common import device
 from pallas_kernels.common.decode_tile import as_words, check_tile, enough_rows, load, load_tile, pairs, store_tile
 from pallas_kernels.common.epilogue import Epilogue, finish
-from pallas_kernels.common.formats import BLOCK, NVFP4Array
+from pallas_kernels.common.formats import BLOCK, CarriedArray, NVFP4Array
 from pallas_kernels.common.tuning import configured
 from pallas_kernels.nvfp4_cast import pallas_triton as nvfp4_cast
+from pallas_kernels.scaled_matmul import pallas_mosaic_gpu
 from pallas_kernels.weight_only_matmul import xla
 
 FEW = 16
@@ -95,11 +97,24 @@ def weight_only_matmul(
     """See `api.weight_only_matmul`. Few rows are within `HALF_PRECISION_BOUND`, many as in `xla`."""
     rows = math.prod(x.shape[:-1])
     if rows > FEW:
-        return xla.matmul(x, nvfp4_cast.cast(weight, to="bfloat16"), epilogue=epilogue, out_dtype=out_dtype)
+        return _many_rows(x, nvfp4_cast.cast(weight, to="bfloat16"), epilogue=epilogue, out_dtype=out_dtype)
     if config is None:
         n, k = weight.shape
         config = configured("weight_only_matmul/pallas_triton", heuristic, rows=rows, n=n, k=k)
     return _few_rows(x, weight, epilogue=epilogue, out_dtype=out_dtype, config=config, interpret=device.interpreting())
+
+
+def _many_rows(
+    x: Float[Array, "*rows k"], weight: BFloat16[Array, "n k"], *, epilogue: Epilogue, out_dtype: DTypeLike
+) -> Float[Array, "*rows n"]:
+    a, b = (
+        CarriedArray(codes=values.astype(jnp.bfloat16), scale=jnp.ones(values.shape[:-1], jnp.float32))
+        for values in (x, weight)
+    )
+    call = {"epilogue": epilogue, "out_dtype": jnp.dtype(out_dtype)}
+    if pallas_mosaic_gpu.refusal(a, b, **call) is None:
+        return pallas_mosaic_gpu.scaled_matmul(a, b, **call)
+    return xla.matmul(x, weight, **call)
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))

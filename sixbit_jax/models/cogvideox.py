@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import packed_attention
+from pallas_kernels.norm_rotary import norm_rotary
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models import positions
 from sixbit_jax.models.layers import LayerNorm, stack
@@ -79,17 +80,23 @@ class CogVideoXBlock(nnx.Module):
     def attend(self, qkv: Float[Array, "batch tokens three_dim"], context: BlockContext) -> Float[Array, "..."]:
         """Self-attention of projected rows -> [batch, tokens, dim], before the output projection."""
         batch, tokens, _ = qkv.shape
-        query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * self.heads, -1), 3, axis=2)
-        query, key = self.norm_q(query), self.norm_k(key)
-        if context.rotary is not None:
-            query, key = (positions.apply_rotary(z, *context.rotary) for z in (query, key))
-        return attention(query, key, value).reshape(batch, tokens, -1)
+        with jax.named_scope("norm_rotary"):
+            qkv = norm_rotary(
+                qkv.reshape(batch, tokens, 3 * self.heads, -1),
+                query=(self.norm_q.scale[...], self.norm_q.bias[...]),
+                key=(self.norm_k.scale[...], self.norm_k.bias[...]),
+                rotary=context.rotary,
+                epsilon=self.norm_q.epsilon,
+            )
+        with jax.named_scope("attention"):
+            return packed_attention(qkv).reshape(batch, tokens, -1)
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], context: BlockContext, linears: Linears = PLAIN
     ) -> Float[Array, "batch tokens dim"]:
         """The residual stream after this block; `linears` computes its four sites."""
-        first, second = self.norm1.modulation(context), self.norm2.modulation(context)
+        with jax.named_scope("modulation"):
+            first, second = self.norm1.modulation(context), self.norm2.modulation(context)
         qkv = linears.normed("attn_in", self.attn_in, x, self.norm1.norm, first)
         x = linears.gated("attn_out", self.attn_out, self.attend(qkv, context), x, first)
         hidden = linears.normed("ff_in", self.ff_in, x, self.norm2.norm, second, gelu=True)

@@ -64,8 +64,12 @@ class PlainLinears:
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
     ) -> jax.Array:
-        y = linear(modulated(norm, x, modulation))
-        return nnx.gelu(y, approximate=True) if gelu else y
+        with jax.named_scope("norm"):
+            x = modulated(norm, x, modulation)
+        with jax.named_scope(site):
+            y = linear(x)
+            return nnx.gelu(y, approximate=True) if gelu else y
 
     def gated(self, site: str, linear: Any, x: jax.Array, residual: jax.Array, modulation: Modulation) -> jax.Array:
-        return residual + per_row(modulation.gate, x.shape[1], modulation.text_length) * linear(x)
+        with jax.named_scope(site):
+            return residual + per_row(modulation.gate, x.shape[1], modulation.text_length) * linear(x)

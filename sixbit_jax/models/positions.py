@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from sixbit_jax.config import TransformerConfig
 
@@ -110,15 +110,6 @@ def rotary_3d(
         _outer_3d(*(np.cos(a) for a in tables), order="thw"),
         _outer_3d(*(np.sin(a) for a in tables), order="thw"),
     )
-
-
-def apply_rotary(
-    x: Float[Array, "batch tokens heads head"], cos: Float32[Array, "tokens head"], sin: Float32[Array, "tokens head"]
-) -> Float[Array, "batch tokens heads head"]:
-    """Rotates neighbouring feature pairs in float32, in x's dtype again at the end; cos 1 and sin 0 change nothing."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return (x.astype(jnp.float32) * cos[None, :, None, :] + rotated * sin[None, :, None, :]).astype(x.dtype)
 
 
 def prepend_identity(

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float
 
+from pallas_kernels.delta_cache import apply_delta, store_delta
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.cogvideox import BlockContext, CogVideoXTransformer3DModel
 from sixbit_jax.models.linears import SITES
@@ -156,18 +157,21 @@ def run_blocks(
             )
             y = nnx.merge(graph, params)(x, context.replace(temb=temb), linears)
             volatility = change = jnp.asarray(jnp.nan, jnp.float32)
-            delta = y - x
-            if policy.observes:
-                volatility = _norm(delta) / _norm(x)
-            if cache is not None:
-                if policy.skipper.observes:
-                    old = delta_cache.read(cache, block, group).astype(jnp.float32)
-                    change = jnp.where(first, jnp.inf, _norm(delta.astype(jnp.float32) - old) / _norm(old))
-                cache = delta_cache.write(cache, block, group, delta)
+            with jax.named_scope("cache"):
+                if cache is not None:
+                    stored = delta_cache.entry(cache, block, group)
+                    stored, sums = store_delta(x, y, stored, compare=policy.skipper.observes)
+                    cache = delta_cache.replace(cache, block, group, stored)
+                    volatility = sums.delta.sum() / sums.before.sum()
+                    if policy.skipper.observes:
+                        change = jnp.where(first, jnp.inf, sums.change.sum() / sums.stored.sum())
+                elif policy.observes:
+                    volatility = _norm(y - x) / _norm(x)
             return y, cache, (volatility, change, stacked(linears.bits), stacked(linears.outlier))
 
         def reuse(x: jax.Array, cache: Any) -> tuple[jax.Array, Any, tuple]:
-            y = (x.astype(jnp.float32) + delta_cache.read(cache, block, group).astype(jnp.float32)).astype(x.dtype)
+            with jax.named_scope("reuse"):
+                y = apply_delta(x, delta_cache.entry(cache, block, group))
             unknown = jnp.asarray(jnp.nan, jnp.float32)
             sites = jnp.full((len(SITES),), jnp.nan, jnp.float32)
             return y, cache, (unknown, unknown, jnp.zeros(sites.shape, jnp.int32), sites)

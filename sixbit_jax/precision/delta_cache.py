@@ -1,18 +1,16 @@
 """The deltas that skipped blocks reuse: one for each block and group, in 16, 8 or 4 bits.
 
 A cache is one pytree whose leaves start with the axes [blocks, groups]. It lives in the carry of the scan over blocks;
-`write` updates one entry in place.
+`pallas_kernels.delta_cache` has what is done with an entry.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from pallas_kernels.common.formats import BLOCK, Int8Array, NVFP4Array
-from pallas_kernels.common.xla import dequantize
-from pallas_kernels.rotate_quantize import rotate_quantize
 from sixbit_jax.errors import ArgumentError
 
 FORMATS = ("16bit", "int8", "nvfp4")
@@ -41,27 +39,18 @@ def init(format: str, blocks: int, groups: int, shape: tuple[int, ...], dtype: A
     raise ArgumentError(f"unknown format {format!r} of the delta cache; formats are {', '.join(FORMATS)}")
 
 
-def read(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""]) -> Float[Array, "rows tokens dim"]:
-    """The stored delta of one block and group, float32 (or the dtype of "16bit")."""
-    entry = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)[group], cache)
-    return entry if isinstance(entry, jax.Array) else dequantize(entry)
+def entry(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""]) -> Cache:
+    """The stored delta of one block and group, [rows, tokens, dim]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)[group], cache)
 
 
-def write(
-    cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""], delta: Float[Array, "rows tokens dim"]
-) -> Cache:
-    """The cache with one entry replaced, quantised row by row."""
-    if isinstance(cache, jax.Array):
-        entry = delta.astype(cache.dtype)
-    elif isinstance(cache, Int8Array):
-        entry, _ = rotate_quantize(delta, format="int8", hadamard=0)
-    else:
-        entry, _ = rotate_quantize(delta, format="nvfp4", hadamard=0, scale_dims=delta.ndim - 1)
+def replace(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""], entry: Cache) -> Cache:
+    """The cache with one entry replaced, in place under jit."""
 
-    def replace(leaf: jax.Array, value: jax.Array) -> jax.Array:
+    def replaced(leaf: jax.Array, value: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(leaf, value[None, None], (block, group, *[0] * value.ndim))
 
-    return jax.tree.map(replace, cache, entry)
+    return jax.tree.map(replaced, cache, entry)
 
 
 def nbytes(cache: Cache) -> int:

@@ -101,7 +101,8 @@ class RoutedLinears:
             bits = jnp.asarray(BITS[ROUTES.index(name)], jnp.int32)
 
             def run() -> tuple[jax.Array, jax.Array, jax.Array]:
-                x, statistics = quantize(format=name, **options)
+                with jax.named_scope("quantize"):
+                    x, statistics = quantize(format=name, **options)
                 ratio = outlier_ratio(statistics, x.shape[-1])
                 if self._purify is None:
                     return linear.multiply(x, **epilogue), bits, ratio
@@ -115,13 +116,15 @@ class RoutedLinears:
             return sixteen(), jnp.asarray(16, jnp.int32), jnp.asarray(jnp.nan, jnp.float32)
 
         branches = {"nvfp4": low_bit("nvfp4"), "int8": low_bit("int8"), "16bit": full}
-        if len(self._choices) == 1:
-            y, bits, ratio = branches[self._choices[0]]()
-        else:
-            position = sum(
-                (self._routes[SITES.index(site)] > ROUTES.index(name)).astype(jnp.int32) for name in self._choices[:-1]
-            )
-            y, bits, ratio = jax.lax.switch(position, [branches[name] for name in self._choices])
+        with jax.named_scope(site):
+            if len(self._choices) == 1:
+                y, bits, ratio = branches[self._choices[0]]()
+            else:
+                position = sum(
+                    (self._routes[SITES.index(site)] > ROUTES.index(name)).astype(jnp.int32)
+                    for name in self._choices[:-1]
+                )
+                y, bits, ratio = jax.lax.switch(position, [branches[name] for name in self._choices])
         self._record(site, bits, ratio)
         return y
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.delta_cache import apply_delta, store_delta
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.cogvideox import BlockContext, CogVideoXTransformer3DModel
 from sixbit_jax.models.layers import LayerNorm
@@ -186,6 +187,8 @@ def _relative(x: jax.Array, base: jax.Array) -> Float32[Array, ""]:
 
 def _stored(format: str, delta: Float32[Array, "samples tokens dim"]) -> Float32[Array, "samples tokens dim"]:
     """What a delta cache of this format gives back."""
-    nothing = jnp.asarray(0, jnp.int32)
     cache = delta_cache.init(format, 1, 1, delta.shape, delta.dtype)
-    return delta_cache.read(delta_cache.write(cache, nothing, nothing, delta), nothing, nothing)
+    first = jnp.asarray(0, jnp.int32)
+    nothing = jnp.zeros_like(delta)
+    stored, _ = store_delta(nothing, delta, delta_cache.entry(cache, first, first), compare=False)
+    return apply_delta(nothing, stored)

@@ -247,8 +247,8 @@ def test_triton_lowers_for_an_a100(kind):
 @pytest.mark.parametrize(
     ("capability", "shape", "kind", "taken"),
     [
-        ("9.0", MOSAIC[0], "int8", pallas_triton),
-        ("9.0", MOSAIC[0], "fp8", xla),
+        ("9.0", MOSAIC[0], "int8", pallas_mosaic_gpu),
+        ("9.0", MOSAIC[0], "fp8", pallas_mosaic_gpu),
         ("9.0", shapes.SMALL[0], "int8", pallas_triton),
         ("9.0", shapes.SMALL[0], "fp8", xla),
         ("8.0", MOSAIC[0], "int8", pallas_triton),

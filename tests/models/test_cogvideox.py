@@ -11,6 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from pallas_kernels.norm_rotary import norm_rotary
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models import positions
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
@@ -145,10 +146,10 @@ def test_text_has_no_positions(model):
     np.testing.assert_array_equal(cos[:5], 1)
     np.testing.assert_array_equal(sin[:5], 0)
     assert (np.abs(sin[6:]).max(axis=1) > 0.1).all()
-    rows = stream.reshape(*stream.shape[:2], 2, 16)
-    rotated = positions.apply_rotary(rows, cos, sin)
-    np.testing.assert_array_equal(rotated[:, :5], rows[:, :5])
-    assert (np.abs(rotated - rows)[:, 6:].max(axis=(0, 2, 3)) > 0.1).all()
+    rows, norm = jnp.tile(stream.reshape(*stream.shape[:2], 2, 16), (1, 1, 3, 1)), (jnp.ones(16), jnp.zeros(16))
+    plain, rotated = (norm_rotary(rows, query=norm, key=norm, rotary=tables) for tables in (None, (cos, sin)))
+    np.testing.assert_array_equal(rotated[:, :5], plain[:, :5])
+    assert (np.abs(rotated - plain)[:, 6:, :4].max(axis=(0, 2, 3)) > 0.1).all()
 
     wanted = forward(*model, latents, text, timestep)
     np.testing.assert_allclose(forward(*model, latents, text[:, ::-1], timestep), wanted, rtol=1e-5, atol=1e-5)

@@ -20,6 +20,7 @@ import transformers
 # Summation order differs between processors and releases of torch: what a test allows us, a reference may move by.
 TOLERANCES = {"schedulers": 1e-6, "pipeline": 1e-4, "mini": 1e-4}
 OTHERWISE = 1e-5
+LIBRARIES = ("torch", "diffusers", "transformers", "compressed-tensors", "nvidia-modelopt", "numpy")
 # diffusers' own 16-bit errors are random and depend on the instructions a processor has; a lost digit is a factor of 2.
 ERRORS_WITHIN = 1.5
 
@@ -65,7 +66,7 @@ def main() -> None:
         start = time.perf_counter()
         importlib.import_module(path.stem).main()
         print(f"{path.stem}: {time.perf_counter() - start:.1f} s", flush=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     (common.REFERENCES / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
     if common.REFERENCES != common.COMMITTED and (problems := compare()):
         sys.exit("\n".join(["the committed references differ from fresh ones; see `make references`:", *problems]))
