@@ -5,23 +5,20 @@ report.md and figures; `--clips` and `--seconds` make it smaller, the rows that 
 handful of rows on two prompts and four steps, on a CPU.
 
 Every setting of a row's policy is a traced value (`StudyRouter`, `StudySkipper`), so that most rows share one compiled
-program. On a GPU all clips of a row run at once, vmapped: both sides of a `lax.cond` are computed and one is selected.
-On a CPU they run one after the other, and only what is decided runs. Either way decisions are those of each video,
-and nothing here says anything about speed. Operations run their XLA implementation. Thresholds are solved for on the
-calibration's trace (`precision.targets.simulated_bits`), so rows meet their targets roughly.
+program. The clips of a row run one after the other in it, so that decisions are those of each video, and only what is
+decided runs, by the kernels that a user's run would take. Thresholds are solved for on the calibration's trace
+(`precision.targets.simulated_bits`), so rows meet their targets roughly.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import itertools
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ import numpy as np
 from benchmarks import fidelity_report
 from benchmarks.fidelity_policies import StudyRouter, StudySkipper
 from benchmarks.fidelity_rows import TAUS, Spec, all_rows, few_rows
-from pallas_kernels.delta_cache import api as delta_cache
 from sixbit_jax import Pipeline, metrics
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
@@ -59,7 +55,6 @@ from sixbit_jax.training.evaluate import judge
 GUIDANCE = 6.0
 SOLVERS = {"DDIM": "CogVideoXDDIMScheduler", "DPM": "CogVideoXDPMScheduler"}
 SEMANTICS = ("digit", "colour", "direction")
-OPERATIONS = ("adaln_quantize", "norm_rotary", "nvfp4_cast", "rotate_quantize", "scaled_matmul", "weight_only_matmul")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,23 +106,6 @@ class Fit:
         }
 
 
-@contextlib.contextmanager
-def xla_only() -> Iterator[None]:
-    """Inside, `implementation=None` takes the XLA implementation of every operation."""
-    tables = [importlib.import_module(f"pallas_kernels.{name}.api").IMPLEMENTATIONS for name in OPERATIONS]
-    tables += [delta_cache.STORE, delta_cache.APPLY]
-    kept = [dict(table) for table in tables]
-    for table in tables:
-        for name in set(table) - {"xla"}:
-            del table[name]
-    try:
-        yield
-    finally:
-        for table, entries in zip(tables, kept, strict=True):
-            table.clear()
-            table.update(entries)
-
-
 @jax.jit
 def run_lanes(
     transformer: Split, schedule: Any, scale: Any, latents: jax.Array, conditioning: Any, policies: PrecisionPolicy
@@ -138,14 +116,7 @@ def run_lanes(
         latents, trace = sampler.sample(transformer, schedule, scale, latents[None], _single(*texts), policy=policy)
         return latents[0], trace.precision
 
-    return _each(one, latents, policies, *_texts(conditioning))
-
-
-def _each(one: Callable, *lanes: Any) -> Any:
-    """At once on an accelerator; one by one on a CPU, where branches that are not taken would cost as much."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda lane: one(*lane), lanes)
-    return jax.vmap(one)(*lanes)
+    return jax.lax.map(lambda lane: one(*lane), (latents, policies, *_texts(conditioning)))
 
 
 def _texts(conditioning: sampler.Conditioning) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -166,7 +137,7 @@ def measure_lanes(
     def one(latents: jax.Array, *texts: jax.Array) -> tuple[jax.Array, Any]:
         return measuring.sample(transformer, schedule, scale, latents[None], _single(*texts))
 
-    return _each(one, latents, *_texts(conditioning))
+    return jax.lax.map(lambda lane: one(*lane), (latents, *_texts(conditioning)))
 
 
 class Programs:
@@ -559,10 +530,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(line, flush=True)
         save(arguments.out, studies, command)
 
-    with xla_only():
-        for solver in solvers:
-            studies.append(Study(settings, solver, log))
-            studies[-1].complete()
+    for solver in solvers:
+        studies.append(Study(settings, solver, log))
+        studies[-1].complete()
     record = save(arguments.out, studies, command)
     for study in studies:
         name = "DMPQ + TDC, PDR (15 %, 6 bits)"

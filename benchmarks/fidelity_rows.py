@@ -1,7 +1,7 @@
 """The rows of the fidelity study: what is compared, and which comes first where time is short."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from benchmarks.fidelity import Study
 
 BITS = (5.0, 5.5, 6.0, 6.5, 7.0)
+AT_EVERY_WIDTH = ("DMPQ", "static sites", "first and last steps")
+"""Ways to spend bits that are compared at all of `BITS`; the others at 6."""
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TAUS = (0.02, 0.6)
 """Between which the cache's threshold is looked for; a delta changes by 0.04 to 0.4 a step."""
@@ -76,30 +78,29 @@ def formats(study: "Study") -> list[Spec]:
 
 def routing(study: "Study") -> list[Spec]:
     """Routers and tables without a cache, at equal mean bits."""
-    specs = []
-    for bits in BITS:
-        late = min(LATE, round(study.settings.steps * (bits - 4) / 4))
-        dynamic = {
-            "DMPQ": {},
-            "DMPQ by stream error": {"by_stream": True},
-            f"DMPQ, INT8 in the last {LATE} steps": {"late": late},
-        }
-        policies = {
-            name: study.policy(threshold=study.threshold(bits, **options), **options)
-            for name, options in dynamic.items()
-        }
-        policies |= {
-            "static sites": study.policy(study.allocation(bits, by_step=False)),
-            "first and last steps": study.policy(study.edge_table(bits, first=0.5)),
-            "first steps": study.policy(study.edge_table(bits, first=1.0)),
-            "last steps": study.policy(study.edge_table(bits, first=0.0)),
-            "static sites and steps": study.policy(study.allocation(bits, by_step=True)),
-        }
-        specs += [
-            Spec(name=f"{name}, {bits:g} bits", group="routing", policy=policy, priority=1 if bits == 6 else 3)
-            for name, policy in policies.items()
-        ]
-    return specs
+
+    def routed(**options: Any) -> Callable[[float], PrecisionPolicy]:
+        return lambda bits: study.policy(threshold=study.threshold(bits, **options), **options)
+
+    def static(table: Callable[..., np.ndarray], **options: Any) -> Callable[[float], PrecisionPolicy]:
+        return lambda bits: study.policy(table(bits, **options))
+
+    ways = {
+        "DMPQ": routed(),
+        "DMPQ by stream error": routed(by_stream=True),
+        f"DMPQ, INT8 in the last {LATE} steps": routed(late=LATE),
+        "static sites": static(study.allocation, by_step=False),
+        "first and last steps": static(study.edge_table, first=0.5),
+        "first steps": static(study.edge_table, first=1.0),
+        "last steps": static(study.edge_table, first=0.0),
+        "static sites and steps": static(study.allocation, by_step=True),
+    }
+    return [
+        Spec(name=f"{name}, {bits:g} bits", group="routing", policy=make(bits), priority=1 if bits == 6 else 3)
+        for bits in BITS
+        for name, make in ways.items()
+        if bits == 6 or name in AT_EVERY_WIDTH
+    ]
 
 
 def caching(study: "Study") -> list[Spec]:

@@ -200,13 +200,3 @@ def test_report_draws_every_figure(tmp_path):
     names = {f"{name}_ddim.png" for name in ("stacking", "routing", "caching", "correlation")}
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", *names}
     assert all(f"({name})" in (tmp_path / "report.md").read_text() for name in names)
-
-
-def test_xla_only_restores_the_implementations():
-    from pallas_kernels.scaled_matmul import api
-
-    before = dict(api.IMPLEMENTATIONS)
-    with fidelity.xla_only():
-        assert list(api.IMPLEMENTATIONS) == ["xla"]
-    assert before == api.IMPLEMENTATIONS
-    assert list(before) == list(api.IMPLEMENTATIONS)
