@@ -1,4 +1,4 @@
-"""Writes every reference: runs the `main` of each `ref_*.py` beside this file. Needs torch and diffusers.
+"""Writes every reference: runs the `main` of each `ref_*.py` beside this file. Needs `requirements.txt`.
 
 Written to another folder than the committed one (SIXBIT_REFERENCES), they are compared with the committed ones too, so
 that these stay what the installed diffusers and transformers compute.
