@@ -9,14 +9,10 @@ multiplies at twice that. A quarter of the blocks is skipped, so that the
 cache is in use.
 """
 
-import os
-
-# Kernels that are launched as one graph have no names.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-
 import argparse
 import collections
 import dataclasses
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -221,6 +217,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     arguments = parser.parse_args(argv)
+    # Kernels that are launched as one graph have no names.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     found = [row for model in arguments.models for row in rows(model, arguments.layers, arguments.steps)]
     text = table(found)
     print(text)

@@ -121,6 +121,7 @@ def test_tables():
     assert refreshes == [step == 2 for step in range(STEPS)]
 
 
+@pytest.mark.slow
 def test_tiny_study(tmp_path):
     record = fidelity.main(["--tiny", "--out", str(tmp_path / "study")])
     assert record == json.loads((tmp_path / "study" / "results.json").read_text())
