@@ -7,7 +7,7 @@ OUT ?= out
 # The oldest JAX that pyproject.toml allows; the newest is what .venv has.
 OLDEST_JAX = $(shell sed -n 's/^  "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slow test-gpu test-oldest lint format parity references clean
+.PHONY: demo test test-slow test-gpu test-oldest notebooks lint format parity references clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..."'
@@ -46,6 +46,10 @@ test-gpu: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.installed)
 # What depends most on JAX, with the oldest version of it.
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests/models tests/sampling tests/test_checkpoint.py
+
+# Each notebook from top to bottom; `.venv/bin/python notebooks/run.py --write` saves their outputs.
+notebooks: .venv/.installed
+	.venv/bin/python notebooks/run.py
 
 .venv-parity/.installed: tests/parity/requirements.txt
 	$(PARITY_PYTHON) -m venv .venv-parity

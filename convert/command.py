@@ -20,6 +20,7 @@ from convert.quantize import QuantizedTarget, build_arrays, quantize_targets
 from convert.store import check_destination, check_space, is_ours, staged, write_manifest, write_model
 
 DISK_MARGIN = 16 << 20
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
 
 
 def checked_dtype(dtype: Any) -> np.dtype | None:
@@ -139,9 +140,9 @@ def _work(published: Published, components: Any, dtype: Any, quantized: Mapping[
 
 
 def copy_files(source: Path, destination: Path) -> list[str]:
-    """Copies the files of a folder, without subfolders, and returns their names."""
+    """Copies the data files of a tokenizer, no code and no pickles, and returns their names."""
     destination.mkdir(exist_ok=True)
-    names = sorted(p.name for p in source.iterdir() if p.is_file())
+    names = sorted(p.name for p in source.iterdir() if p.is_file() and p.suffix in TOKENIZER_SUFFIXES)
     for name in names:
         shutil.copyfile(source / name, destination / name)
     return names

@@ -98,6 +98,7 @@ def parse_config(component: Component, values: Mapping[str, Any], where: Path) -
         CheckpointError: if it is for another class, or describes something that cannot be computed exactly.
     """
     named = [values["_class_name"]] if "_class_name" in values else values.get("architectures") or []
+    named = named if isinstance(named, list) else [named]
     if named and component.class_name not in named:
         found = ", ".join(map(str, named))
         raise CheckpointError(f"{where}: class {found} is not supported; {component.class_name} is")
@@ -117,7 +118,7 @@ def abstract_module(component: Component, config: Any, dtype: Any) -> nnx.Module
     """
     try:
         return nnx.eval_shape(lambda: component.module(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{component.name}: {component.class_name} cannot be built: {error}") from error
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from convert.components import MODELS, Component, abstract_state, checked_names, parse_config
 from convert.engine import Target, plan
 from convert.errors import CheckpointError, ConversionError, Problem
-from convert.readers import LazyTensor, open_weights, read_json
+from convert.readers import LazyTensor, open_weights, read_json, refuse_links_outside
 from sixbit_jax.config import SchedulerConfig
 
 PIPELINES = ("CogVideoXPipeline",)
@@ -94,7 +94,7 @@ def open_published(path: Path, components: tuple[str, ...] | list[str] | None = 
 
     Raises:
         CheckpointError: if it is no such folder, lacks a component that was asked for, or has a class or
-            configuration that is not supported.
+            configuration that is not supported, or a file that is a link to a place outside of it.
     """
     if not is_published(path):
         raise CheckpointError(
@@ -102,6 +102,7 @@ def open_published(path: Path, components: tuple[str, ...] | list[str] | None = 
             f"{', '.join(f'{name}/config.json' for name in MODELS)}"
         )
     names = checked_names(components)
+    refuse_links_outside(path, ("model_index.json", *names))
     listed = _check_index(path / "model_index.json", names)
     present = [n for n in names if (path / n).is_dir() and listed.get(n, True)]
     if components is not None and (absent := [n for n in names if n not in present]):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from convert.errors import CheckpointError, Problem
 from convert.rules import Shape
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+JSON_BYTES = 64 << 20
+"""More than any published JSON file has; the largest are indices of shards, of about 1 MB."""
+JSON_LEVELS = 32
+"""More than any of them nests."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
@@ -42,15 +48,47 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        CheckpointError: if there is no such file, or it holds something else.
+        CheckpointError: if there is no such file, or it holds something else, or far more than any that is published.
     """
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
+            raise OSError("no regular file")
+        if (size := path.stat().st_size) > JSON_BYTES:
+            raise OSError(f"{size} bytes, more than the {JSON_BYTES} that are read")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, where an object is needed")
+    if _deeper(value, JSON_LEVELS):
+        raise CheckpointError(f"{path}: nested deeper than {JSON_LEVELS} levels")
     return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def refuse_links_outside(folder: Path, names: Iterable[str]) -> None:
+    """Makes sure that nothing under these names in `folder` is a symbolic link to a place outside of it.
+
+    So a folder from elsewhere cannot have files of this machine read, and copied into what is written. The hub's cache
+    may link to its own `blobs`, where it keeps what a model's files hold.
+
+    Raises:
+        CheckpointError: names the first such link.
+    """
+    root = Path(os.path.realpath(folder))
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        for path in (folder / name, *(folder / name).rglob("*")):
+            real = Path(os.path.realpath(path))
+            if path.is_symlink() and not any(real.is_relative_to(home) for home in homes):
+                raise CheckpointError(
+                    f"{path}: is a link to {real}, outside of the checkpoint; put a copy there instead"
+                )
 
 
 def _header(path: Path, where: str) -> tuple[dict[str, LazyTensor], list[Problem]]:
@@ -88,7 +126,7 @@ def _index(path: Path, where: str) -> tuple[dict[str, str], list[Problem]]:
             good[key] = name
         else:
             wanted = "the name of a .safetensors file in the same folder"
-            problems.append(Problem(mark="x", where=where, key=key, found=repr(name), wanted=wanted))
+            problems.append(Problem(mark="x", where=where, key=key, found=f"{name!r:.80}", wanted=wanted))
     return good, problems
 
 

@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,15 +29,25 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import sixbit_jax
+from convert.components import NAMES
 from convert.engine import Target
 from convert.errors import CheckpointError
 from convert.quantize import QuantizedTarget
-from convert.readers import read_json
+from convert.readers import read_json, refuse_links_outside
 
 MANIFEST = "sixbit.json"
 FORMAT = "sixbit checkpoint"
 VERSION = 1
 ITEM_BYTES = 64 << 20
+MANIFEST_TYPES = {
+    "components": dict,
+    "scheduler": dict | None,
+    "tokenizer": list | None,
+    "source": str,
+    "written_by": dict,
+}
+MODEL_TYPES = {"class": str, "config": dict, "parameters": int, "bytes": int, "arrays": dict}
+ARRAY_TYPES = {"shape": list, "dtype": str, "item": str}
 LIBRARIES = ("jax", "flax", "orbax-checkpoint", "safetensors", "numpy")
 
 
@@ -49,13 +60,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """`sixbit.json` of a checkpoint folder.
 
     Raises:
-        CheckpointError: if it is absent, unreadable, or of a version that this program does not know.
+        CheckpointError: if it is absent, unreadable, or of a version that this program does not know, or the folder
+            holds a link to a place outside of it.
     """
+    refuse_links_outside(path, (MANIFEST, *NAMES))
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
         raise CheckpointError(f"{path / MANIFEST}: {found}; this program reads {FORMAT!r}, version {VERSION}")
+    _check_types(manifest, MANIFEST_TYPES, f"{path / MANIFEST}")
+    for name, model in manifest["components"].items():
+        where = f"{path / MANIFEST}: {name}"
+        _check_types(model, MODEL_TYPES, where)
+        for key, array in model["arrays"].items():
+            _check_types(array, ARRAY_TYPES, f"{where}: {key}")
+            if not all(type(size) is int and 0 <= size < 2**31 for size in array["shape"]):
+                raise CheckpointError(f"{where}: {key}: {array['shape']!r:.80} is no shape")
+            if not re.fullmatch("[0-9]+", array["item"]):
+                raise CheckpointError(f"{where}: {key}: {array['item']!r:.80} is no item of this checkpoint")
     return manifest
+
+
+def _check_types(values: Any, types: Mapping[str, Any], where: str) -> None:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: {values!r:.80}, where an object is needed")
+    for key, kind in types.items():
+        if key not in values or not isinstance(values[key], kind):
+            raise CheckpointError(f"{where}: {key!r} is missing, or has a wrong type: {values.get(key)!r:.80}")
 
 
 def write_manifest(path: Path, **content: Any) -> None:
@@ -175,9 +206,9 @@ def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any
             args = ocp.args.PyTreeRestore(item=spec, restore_args=how)
             try:
                 out |= checkpointer.restore((folder / name).absolute(), args=args)
-            except (ValueError, OSError, KeyError) as error:
+            except Exception as error:  # orbax raises whatever it meets, and plain exceptions too
                 advice = "cannot be read; convert the checkpoint again"
-                raise CheckpointError(f"{folder / name}: {advice}: {error}") from error
+                raise CheckpointError(f"{folder / name}: {advice}: {str(error).partition('\n')[0]}") from error
     return out
 
 
@@ -231,7 +262,7 @@ def staged(destination: Path, work: str | None = None) -> Iterator[Path]:
     beside = parent / f".{destination.name}.{tag}.partial"
     try:
         beside.mkdir(exist_ok=work is not None)
-        handle = os.open(beside, os.O_RDONLY)
+        handle = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
     try:

@@ -141,8 +141,8 @@ def _load_tokenizer(folder: Path) -> Any:
         from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers and tokenizers make of a damaged file
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sixbit_jax
 from convert.__main__ import main as convert
-from sixbit_jax.command import run, shows_user_errors
+from sixbit_jax.command import run, say_interrupted, shows_user_errors
 from sixbit_jax.errors import TruncatedPromptWarning
 
 app = typer.Typer(
@@ -104,7 +104,7 @@ def _interruptible[R](function: Callable[[], R]) -> R:
     try:
         return pool.submit(function).result()
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted", err=True)
+        say_interrupted()
         os._exit(130)
     except SystemExit as terminated:  # raised by our handler of SIGTERM, in this thread alone
         os._exit(terminated.code)
@@ -333,15 +333,19 @@ def generate(
         runs["reference"] = reports.measured(pipe, reference, guided=guided)
         for name in ("batch", "position_in_batch", "seconds"):  # there is one video, and `runs` has the times of each
             del record[name]
-        reports.save_run(report, record | {"runs": runs}, result, reference)
-        typer.echo(f"wrote {reports.write(report)}")
+        with video.replacing_together(report, [reports.RUN, reports.PAGE]) as beside:
+            reports.save_run(beside, record | {"runs": runs}, result, reference)
+            reports.write(beside)
+        typer.echo(f"wrote {report / reports.PAGE}")
     else:
-        for i, (path, frames) in enumerate(zip(outputs, result.frames, strict=True)):
-            video.write_mp4(path, frames, fps=fps)
-            if result.summary is not None:
-                _save_trace(path, result.trace.precision, _group(result, i), title=f"{quantization}: {prompt[i]}")
-            with video.replacing(path.with_suffix(".json")) as partial:
-                partial.write_text(json.dumps(recorded(i), indent=2) + "\n", encoding="utf-8")
+        stale = [path.with_suffix(suffix).name for path in outputs for suffix in (".json", *TRACE_SUFFIXES)]
+        with video.replacing_together(out.parent, stale) as beside:
+            for i, path in enumerate(beside / path.name for path in outputs):
+                video.write_mp4(path, result.frames[i], fps=fps)
+                if result.summary is not None:
+                    _save_trace(path, result.trace.precision, _group(result, i), title=f"{quantization}: {prompt[i]}")
+                path.with_suffix(".json").write_text(json.dumps(recorded(i), indent=2) + "\n", encoding="utf-8")
+        for path in outputs:
             typer.echo(f"wrote {path}")
     if result.summary is not None:
         typer.echo(_summary_line(result.summary))

@@ -4,6 +4,7 @@ import functools
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -22,13 +23,56 @@ def shows_user_errors[**P](command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except (SixbitError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {_printable(str(error))}", err=True)
             raise typer.Exit(2) from error
 
     return wrapped
 
 
+def _printable(text: str) -> str:
+    """Without what a file's content, quoted in a message, could do to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say_interrupted() -> None:
+    """On stderr, on a line of its own: on a terminal there may be a progress bar."""
+    typer.echo(("\n" if sys.stderr.isatty() else "") + "interrupted", err=True)
+
+
 def run(app: typer.Typer) -> None:
-    """Runs an app as this process. SIGTERM cleans up like Ctrl-C; exit codes are 128 + the signal (143, 130)."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    app()
+    """Runs an app as this process. Ctrl-C and SIGTERM clean up and exit with 128 + the signal (130, 143).
+
+    Ctrl-C is told in one line. Two things can happen to the exception that a signal raises: a C extension that is being
+    imported makes an ImportError of it; and Python drops it where nothing can be raised, as in JAX's callback of the
+    garbage collector: then it is raised again, soon after.
+    """
+    signals: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        signals.append(number)
+        raise_stop()
+
+    def raise_stop(*_: object) -> None:
+        if signals[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signals[0])
+
+    def dropped(unraisable: Any) -> None:
+        if signals and issubclass(unraisable.exc_type, KeyboardInterrupt | SystemExit):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGALRM, raise_stop)
+    sys.unraisablehook = dropped
+    try:
+        app()
+    except BaseException:
+        if not signals:
+            raise
+        if signals[0] == signal.SIGINT:
+            say_interrupted()
+        sys.exit(128 + signals[0])

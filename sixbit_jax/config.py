@@ -6,6 +6,8 @@ silently compute something else.
 """
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,27 @@ from sixbit_jax.errors import SixbitError
 
 class ConfigError(SixbitError, ValueError):
     """A configuration file that describes something this project cannot compute exactly."""
+
+
+MAX_LAYERS = 1024
+"""Of any stack; the largest published one has 42. A number that is far beyond would take hours to be found wrong."""
+MAX_LEVELS = 16
+MAX_WIDTH = 2**20
+"""Of anything else that is counted: channels, heads, positions."""
+MAX_SIZE = 2**31 - 1
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value, lists as tuples, is of an annotated type; numbers finite, and of a size that can be."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(one, typing.get_args(kind)[0]) for one in value)
+    if kind is float:
+        return type(value) in (int, float) and -MAX_SIZE <= value <= MAX_SIZE
+    if kind is int:
+        return type(value) is int and -MAX_SIZE <= value <= MAX_SIZE
+    return isinstance(value, kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +64,17 @@ class _Config:
                 unknown.append(f"{key}={value!r}")
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown field(s) {', '.join(sorted(unknown))}")
-        return cls(**taken)
+        return cls._made(taken)
+
+    @classmethod
+    def _made[C](cls: type[C], values: Mapping[str, Any]) -> C:
+        for field in dataclasses.fields(cls):
+            if field.name in values and not _is_of(value := values[field.name], field.type):
+                kind = getattr(field.type, "__name__", field.type)
+                raise ConfigError(
+                    f"{cls.__name__}: {field.name}={value!r:.80} must be {kind}, if a number of usual size"
+                )
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The published JSON object; `from_dict(to_dict(c)) == c`."""
@@ -51,6 +84,12 @@ class _Config:
         for name, values in allowed.items():
             if (found := getattr(self, name)) not in values:
                 raise ConfigError(f"{type(self).__name__}: {name}={found!r} is not supported; supported: {values}")
+
+    def _require_sizes(self, *names: str, most: int = MAX_WIDTH) -> None:
+        """That these fields are from 1 to `most`; None is no size."""
+        for name in names:
+            if (found := getattr(self, name)) is not None and not 1 <= found <= most:
+                raise ConfigError(f"{type(self).__name__}: {name}={found} must be between 1 and {most}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +131,11 @@ class TransformerConfig(_Config):
             norm_elementwise_affine=(True,),
             use_learned_positional_embeddings=(False,),
         )
+        self._require_sizes("num_layers", most=MAX_LAYERS)
+        self._require_sizes("num_attention_heads", "attention_head_dim", "in_channels", "out_channels")
+        self._require_sizes("time_embed_dim", "ofs_embed_dim", "text_embed_dim", "max_text_seq_length")
+        self._require_sizes("sample_width", "sample_height", "sample_frames", "patch_size", "patch_size_t")
+        self._require_sizes("temporal_compression_ratio")
         if self.attention_head_dim % 16:
             raise ConfigError(f"TransformerConfig: attention_head_dim={self.attention_head_dim} must divide by 16")
 
@@ -157,6 +201,12 @@ class VAEConfig(_Config):
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
+        if not 1 <= levels <= MAX_LEVELS or not all(1 <= width <= MAX_WIDTH for width in self.block_out_channels):
+            found = f"{self.block_out_channels!r:.80}"
+            raise ConfigError(f"VAEConfig: block_out_channels={found} must be 1 to {MAX_LEVELS} numbers of channels")
+        self._require_sizes("layers_per_block", most=64)
+        self._require_sizes("in_channels", "out_channels", "latent_channels", "norm_num_groups")
+        self._require_sizes("sample_height", "sample_width")
         self._require(
             act_fn=("silu",),
             shift_factor=(None,),
@@ -190,6 +240,9 @@ class T5Config(_Config):
 
     def __post_init__(self) -> None:
         self._require(feed_forward_proj=("gated-gelu",))
+        self._require_sizes("num_layers", most=MAX_LAYERS)
+        self._require_sizes("vocab_size", "d_model", "d_kv", "d_ff", "num_heads")
+        self._require_sizes("relative_attention_num_buckets", "relative_attention_max_distance")
 
     @classmethod
     def from_dict[C](cls: type[C], values: Mapping[str, Any]) -> C:
@@ -198,7 +251,7 @@ class T5Config(_Config):
         transformers' own files mix hundreds of generation settings in, so unknown fields are not errors here.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        return cls._made({k: v for k, v in values.items() if k in known})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,6 +286,7 @@ class SchedulerConfig(_Config):
             prediction_type=("epsilon", "sample", "v_prediction"),
             timestep_spacing=("linspace", "leading", "trailing"),
         )
+        self._require_sizes("num_train_timesteps")
 
     @classmethod
     def from_dict[C](cls: type[C], values: Mapping[str, Any]) -> C:

@@ -1,9 +1,10 @@
 """Writing results: frames to an mp4 file, and any file so that it appears only when it is complete."""
 
 import contextlib
+import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,6 +45,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_together(folder: str | Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """Gives a folder to write files in, and moves them all to `folder` when the block succeeds.
+
+    Processes that write to one folder move one after another, so that files that belong together are of one process.
+    A block that fails leaves `folder` as it was. Records (.json) come last: one that is there fits the files beside it.
+
+    Args:
+        folder: that exists.
+        stale: names of files that are removed before: of an earlier run, they would not fit what is moved.
+    """
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as name:
+        beside = Path(name)
+        yield beside
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            for old in stale:
+                (folder / old).unlink(missing_ok=True)
+            for file in sorted(beside.iterdir(), key=lambda file: file.suffix == ".json"):
+                file.replace(folder / file.name)
+        finally:
+            os.close(handle)
 
 
 def write_mp4(path: str | Path, frames: UInt8[np.ndarray, "frames height width 3"], *, fps: int = 8) -> None:

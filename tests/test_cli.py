@@ -1,22 +1,14 @@
 """The command: what it writes, what it says, and how it ends."""
 
 import json
-import os
-import pty
-import re
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import termios
-import time
 from importlib.metadata import version
 
 import av
 import numpy as np
 import published_folder
 import pytest
+from terminal import on_a_terminal
 from typer.testing import CliRunner
 
 import convert.__main__
@@ -99,6 +91,7 @@ def test_videos_of_the_bundled_model(tmp_path, monkeypatch):
 def test_one_video_replaces_a_file_and_the_record_says_what_was_left_to_defaults(model, tmp_path):
     out = tmp_path / "a.mp4"
     out.write_bytes(b"old")
+    out.with_suffix(".trace.npz").write_bytes(b"of an older, quantised run")
     done = generate(out, "--model", model, "--prompt", "up", "--steps", 2, "--scheduler", "dpm", "--dtype", "float32")
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
@@ -224,29 +217,6 @@ def test_convert_is_the_converters_own_command(model, tmp_path):
         assert "Traceback" not in ours.output
         if ours.stderr.startswith("error: "):
             assert ours.stderr == theirs.stderr
-
-
-def on_a_terminal(arguments, environment, interrupt_at=None) -> tuple[int, str, float]:
-    """Runs the real command with a terminal for stderr; -> exit code, what the terminal shows, seconds to the end after
-    the interrupt."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    command = [sys.executable, "-m", "sixbit_jax.cli", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | environment, start_new_session=True
-    )
-    os.close(theirs)
-    shown, sent = "", None
-    while True:
-        try:
-            shown += os.read(ours, 4096).decode(errors="replace") if select.select([ours], [], [], 60)[0] else ""
-        except OSError:  # the other side is closed
-            break
-        if sent is None and interrupt_at is not None and re.search(interrupt_at, shown):
-            process.send_signal(signal.SIGINT)
-            sent = time.monotonic()
-    os.close(ours)
-    return process.wait(60), shown, time.monotonic() - (sent or 0)
 
 
 def test_progress_cache_and_interrupt_of_the_real_command(model, tmp_path):

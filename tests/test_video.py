@@ -1,6 +1,11 @@
 """Files that appear only when they are complete, and frames that survive the codec."""
 
+import fcntl
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -102,3 +107,81 @@ def test_forbidden_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match=r"a\.mp4: cannot be written: .*Permission denied"):
         video.check_writable(tmp_path / "a.mp4")
+
+
+WRITER = """if True:
+    import sys, time
+    from pathlib import Path
+    import numpy as np
+    from sixbit_jax import video
+    folder, shade = Path(sys.argv[1]), int(sys.argv[2])
+    print(flush=True)
+    sys.stdin.readline()  # both begin together
+    for turn in range(int(sys.argv[3])):
+        with video.replacing_together(folder, ["a.json", "a.trace.npz"]) as beside:
+            video.write_mp4(beside / "a.mp4", np.full((2, 32, 32, 3), shade, np.uint8))
+            (beside / "a.json").write_text(str(shade))
+            if shade == 200:
+                (beside / "a.trace.npz").write_text(str(shade))
+"""
+
+
+def test_two_processes_that_write_one_run_leave_that_of_one(tmp_path):
+    """Many times over; the last is whole at the end, and nobody's unfinished files stay."""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, tmp_path, str(shade), "40"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for shade in (50, 200)
+    ]
+    for process in both:
+        process.stdout.readline()
+    for process in both:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+
+    while any(process.poll() is None for process in both):
+        handle = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)  # between two moves
+        if (tmp_path / "a.json").exists():
+            shade = int((tmp_path / "a.json").read_text())
+            assert abs(int(decoded(tmp_path / "a.mp4").mean()) - shade) < 5
+            assert (tmp_path / "a.trace.npz").exists() == (shade == 200)
+        os.close(handle)
+        time.sleep(0.002)
+    assert [process.communicate() and process.returncode for process in both] == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} - {"a.trace.npz"} == {"a.json", "a.mp4"}
+    assert abs(int(decoded(tmp_path / "a.mp4").mean()) - int((tmp_path / "a.json").read_text())) < 5
+
+
+def test_a_run_that_fails_leaves_the_files_of_the_one_before(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+
+    def write():
+        with video.replacing_together(tmp_path, ["a.json"]) as beside:
+            (beside / "a.mp4").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_records_are_moved_last_and_stale_ones_go_first(tmp_path, monkeypatch):
+    for name in ("a.json", "a.trace.npz"):
+        (tmp_path / name).write_text("old")
+    states, replace = [], Path.replace
+
+    def spy(self, target):
+        states.append(sorted(path.name for path in tmp_path.iterdir() if path.is_file()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", spy)
+    with video.replacing_together(tmp_path, ["a.json", "a.trace.npz"]) as beside:
+        for name in ("a.json", "a.mp4"):
+            (beside / name).write_text("new")
+    assert states == [[], ["a.mp4"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4"]

@@ -75,13 +75,14 @@ class Fingerprint:
             if value != other.transformer.get(name)
         ]
         found += [
-            f"the rotation of {site} is {size} there and {other.hadamard[site]} here"
+            f"the rotation of {site} is {size} there and {other.hadamard.get(site)} here"
             for site, size in self.hadamard.items()
-            if size != other.hadamard[site]
+            if size != other.hadamard.get(site)
         ]
         if not found:
             mine, theirs = self.weights.astype(np.float64), other.weights.astype(np.float64)
-            distance = np.linalg.norm(mine - theirs) / np.linalg.norm(mine)
+            same = mine.shape == theirs.shape
+            distance = np.linalg.norm(mine - theirs) / np.linalg.norm(mine) if same else np.inf
             if not distance <= SAMPLE_TOLERANCE:
                 found.append(f"the quantised weights differ by {distance:.0%} of their size")
         return found
@@ -246,22 +247,36 @@ def _signed(values: np.ndarray) -> str:
     return " ".join(f"{value:+.2f}" for value in values)
 
 
+ABOUT_TYPES = {"version": str, "transformer": dict, "hadamard": dict, "prompts": list, "settings": dict}
+ARRAYS = (
+    *("alpha", "beta", "correlation", "site_correlation", "weights"),
+    *(f"trace.{field.name}" for field in dataclasses.fields(Measured)),
+    *(f"points.{field.name}" for field in dataclasses.fields(OperatingPoints)),
+)
+"""What a file holds."""
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such calibration file; `sixbit calibrate` makes one")
     try:
         with safe_open(path, "numpy") as file:
             about = json.loads((file.metadata() or {}).get("sixbit", "{}"))
-            if about.get("kind") != MARK:
-                raise CheckpointError(f"{path}: is not a calibration file")
-            if about["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path}: is a calibration of format {about['format']}, written by sixbit_jax {about['version']}; "
-                    f"sixbit_jax {sixbit_jax.__version__} reads format {FORMAT}. Run `sixbit calibrate` again"
-                )
-            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(about, dict) or about.get("kind") != MARK:
+        raise CheckpointError(f"{path}: is not a calibration file")
+    if about.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: is a calibration of format {about.get('format')}, written by sixbit_jax {about.get('version')}; "
+            f"sixbit_jax {sixbit_jax.__version__} reads format {FORMAT}. Run `sixbit calibrate` again"
+        )
+    wrong = [name for name, kind in ABOUT_TYPES.items() if not isinstance(about.get(name), kind)]
+    wrong += [name for name in ARRAYS if name not in arrays]
+    if wrong:
+        raise CheckpointError(f"{path}: is damaged: {', '.join(wrong)} missing. Run `sixbit calibrate` again")
+    return about, arrays
 
 
 def fit(volatility: np.ndarray, error: np.ndarray) -> dict[str, np.ndarray]:

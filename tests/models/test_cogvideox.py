@@ -13,7 +13,6 @@ from flax import nnx
 
 from pallas_kernels.norm_rotary import norm_rotary
 from sixbit_jax.config import TransformerConfig
-from sixbit_jax.models import positions
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.layers import LayerNorm
 

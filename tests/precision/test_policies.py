@@ -1,14 +1,19 @@
 """Routers and skippers as pure functions, on constructed observations."""
 
+import functools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.precision import routers, skippers
 from sixbit_jax.precision.types import Observation, Progress, nothing_observed
+from sixbit_jax.qtensor import ROUTES
 
 BLOCKS, GROUPS, STEPS = 3, 2, 12
 
@@ -178,3 +183,102 @@ def test_policies_are_pytrees_whose_thresholds_can_change_without_compiling_agai
 
     assert not np.array_equal(decide(volatility_router(0.3), observed()), decide(volatility_router(0.9), observed()))
     assert count == 1
+
+
+few = hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=30)
+THRESHOLDS = st.sampled_from([0.0, 0.05, 0.5, 3.0, np.inf])
+
+
+def drawn(seed, shape):
+    """Positive values of any size, with some infinite and some NaN."""
+    rng = np.random.default_rng(seed)
+    values = np.exp(rng.normal(-1, 2, shape)).astype(np.float32)
+    values[rng.random(shape) < 0.1] = np.inf
+    values[rng.random(shape) < 0.1] = np.nan
+    return values
+
+
+@st.composite
+def any_skipper(draw):
+    """How to make one, and how often in a row it may skip."""
+    limits = {"warm_up": draw(st.integers(1, STEPS + 1)), "cool_down": draw(st.integers(0, STEPS + 1))}
+    if draw(st.booleans()):
+        return functools.partial(skippers.EveryNth, n=draw(st.integers(2, 5)), **limits), 1
+    most, threshold = draw(st.integers(1, 4)), draw(THRESHOLDS)
+    return lambda: skippers.DeltaSkipper(threshold=jnp.asarray(threshold), max_skips=most, **limits), most
+
+
+@few
+@hypothesis.given(made=any_skipper(), seed=st.integers(0, 2**32 - 1))
+def test_any_skipper_keeps_its_limits_whatever_is_observed(made, seed):
+    skipper, most = made[0](), made[1]
+    skip, refresh = run(skipper, drawn(seed, (STEPS, BLOCKS, GROUPS)))
+    assert skip.dtype == refresh.dtype == bool
+    assert not skip[: skipper.warm_up].any()
+    assert not skip[max(0, STEPS - skipper.cool_down) :].any()
+    assert not (skip & refresh).any()
+    in_a_row = np.zeros((BLOCKS, GROUPS), int)
+    kept = np.zeros((BLOCKS, GROUPS), bool)  # the last computed delta
+    for step in range(STEPS):
+        in_a_row = np.where(skip[step], in_a_row + 1, 0)
+        assert in_a_row.max() <= most
+        assert kept[skip[step]].all()
+        kept = np.where(skip[step], kept, refresh[step])
+
+
+@few
+@hypothesis.given(made=any_skipper(), seed=st.integers(0, 2**32 - 1))
+def test_any_skipper_decides_a_group_by_itself(made, seed):
+    changes = drawn(seed, (STEPS, BLOCKS, GROUPS))
+    others = changes.copy()
+    others[..., 1] = drawn(seed + 1, (STEPS, BLOCKS))
+    for found, wanted in zip(run(made[0](), others), run(made[0](), changes), strict=True):
+        np.testing.assert_array_equal(found[..., 0], wanted[..., 0])
+
+
+@st.composite
+def any_router(draw):
+    """How to make one."""
+    kind = draw(st.sampled_from(["constant", "table", "edges", "volatility"]))
+    if kind == "constant":
+        make = functools.partial(routers.ConstantRouter, route=draw(st.sampled_from(ROUTES)))
+    elif kind == "table":
+        size = (draw(st.sampled_from([1, STEPS])), BLOCKS, len(SITES))
+        routes = draw(st.lists(st.integers(0, len(ROUTES) - 1), min_size=1, max_size=5))
+        make = functools.partial(routers.TableRouter.of, np.resize(routes, size))
+    elif kind == "edges":
+        first = draw(st.integers(0, STEPS))
+        make = functools.partial(routers.edges, STEPS, BLOCKS, first=first, last=draw(st.integers(0, STEPS - first)))
+    else:
+        make = functools.partial(volatility_router, draw(THRESHOLDS))
+    if draw(st.booleans()):
+        cost = {route: draw(st.sampled_from([0.5, 1.0, 2.0])) for route in ROUTES}
+        return lambda: routers.CostAwareRouter.of(make(), cost)
+    return make
+
+
+@few
+@hypothesis.given(make=any_router(), seed=st.integers(0, 2**32 - 1), step=st.integers(0, STEPS - 1))
+def test_any_router_takes_its_choices_and_a_group_by_itself(make, seed, step):
+    router = make()
+    shape = (BLOCKS, GROUPS)
+    computed = np.random.default_rng(seed).random(shape) < 0.7
+    volatility, change = drawn(seed, shape), drawn(seed + 1, shape)
+
+    def decide(groups):
+        values = (jnp.asarray(values[:, groups]) for values in (computed, volatility, change))
+        observation = Observation(**dict(zip(("computed", "volatility", "delta_change"), values, strict=True)))
+        return router.decide(router.init(BLOCKS, len(groups)), observation, at(step))[0]
+
+    both = decide([0, 1])
+    assert both.shape == (*shape, len(SITES))
+    assert both.dtype == jnp.int32
+    assert set(np.unique(both)) <= {ROUTES.index(name) for name in router.choices}
+    for group in range(GROUPS):
+        np.testing.assert_array_equal(decide([group])[:, 0], both[:, group])
+    if isinstance(router, routers.CostAwareRouter):
+        plain = router.router.decide(None, observed(), at(step))[0]
+        taken = router.decide(None, observed(), at(step))[0]
+        cost = np.asarray(router.cost)
+        assert (taken >= plain).all()  # in order of exactness
+        assert (cost[taken] <= cost[plain]).all()
