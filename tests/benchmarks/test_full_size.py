@@ -33,6 +33,7 @@ def test_end_to_end(tmp_path):
     assert "16.0" in (tmp_path / "e.md").read_text()
 
 
+@pytest.mark.slow
 # What reads profiles is made with a tool that Python warns of, and cannot bear its warning to be an error.
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
 def test_blocks(tmp_path):

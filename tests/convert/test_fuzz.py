@@ -429,6 +429,8 @@ def test_links_in_our_folder(ours, tmp_path):
             act(copy)
 
 
+# orbax leaves what it had begun to its own threads, which say so when they end.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_items_that_are_cut(ours, tmp_path):
     """At any place of any file: an error that names the item, or the values as they were."""
     rng = np.random.default_rng(0)
