@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.adaln_quantize import shapes as adaln_shapes
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.epilogue import Epilogue
 from pallas_kernels.common.formats import BLOCK, CARRIERS, CarriedArray, Int8Array, NVFP4Array, hadamard_block
 from pallas_kernels.common.xla import dequantize
@@ -182,8 +183,8 @@ def adaln_quantize(shape: adaln_shapes.Shape, target: str) -> Workload:
 
     def arguments(x, norm_scale, norm_bias, shift, scale):
         vectors = {"norm_scale": norm_scale, "norm_bias": norm_bias, "shift": shift, "scale": scale}
-        options = {"text_length": shape.text_length, "epsilon": 1e-5, "hadamard": hadamard}
-        return (x,), {**vectors, **options, **_TARGETS[target]}
+        norm = AdaptiveNorm(**vectors, text_length=shape.text_length, epsilon=1e-5)
+        return (x, norm), {"hadamard": hadamard, **_TARGETS[target]}
 
     return Workload(
         operation="adaln_quantize",

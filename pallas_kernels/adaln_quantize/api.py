@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float
 
 from pallas_kernels.adaln_quantize import pallas_triton, xla
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.choice import Implementation, choose
 from pallas_kernels.common.formats import CarriedArray, Int8Array, NVFP4Array, hadamard_block
 from pallas_kernels.rotate_quantize.api import check_format
@@ -38,19 +39,12 @@ def adaln_quantize(
 
     Args:
         x: [batch, tokens, dim], bfloat16, float16 or float32.
-        norm_scale: [dim], what the normalised row is multiplied by; `norm_bias`, [dim], is then added.
-        norm_bias: see `norm_scale`.
-        shift: [batch, 2, dim]: entry 0 for the rows of text, 1 for those of video.
-        scale: as `shift`.
-        text_length: rows of text at the beginning of each sample.
-        epsilon: added to the variance.
+        norm_scale, norm_bias, shift, scale, text_length, epsilon: see `AdaptiveNorm`.
         format: "nvfp4" or "int8".
         hadamard: block of the rotation: 128, 64 or 32, 0 for none, None for the largest that divides dim.
         four_over_six: as in `rotate_quantize`.
         carrier: as in `rotate_quantize`.
         implementation: a name in `IMPLEMENTATIONS`, or None for the best one here.
-
-    Norm and modulation parameters are of any float dtype, and are converted to float32.
 
     Returns:
         (the quantised array [batch, tokens, dim], statistics of the rows of y, before their rotation).
@@ -59,30 +53,15 @@ def adaln_quantize(
         ValueError: on what `rotate_quantize` refuses, or arguments whose sizes do not fit x.
         NotImplementedError: if the named implementation can't do this call here.
     """
-    if x.ndim != 3:
-        raise ValueError(f"x must be [batch, tokens, dim], found {x.shape}")
+    norm = AdaptiveNorm(
+        norm_scale=norm_scale, norm_bias=norm_bias, shift=shift, scale=scale, text_length=text_length, epsilon=epsilon
+    )
+    norm.validate(x.shape)
     check_format(format, x.shape, x.dtype.name, four_over_six=four_over_six, carrier=carrier)
-    batch, tokens, dim = x.shape
-    for name, value, wanted in (
-        ("norm_scale", norm_scale, (dim,)),
-        ("norm_bias", norm_bias, (dim,)),
-        ("shift", shift, (batch, 2, dim)),
-        ("scale", scale, (batch, 2, dim)),
-    ):
-        if value.shape != wanted:
-            raise ValueError(f"{name} must be {wanted} for x of {x.shape}, found {value.shape}")
-    if not 0 <= text_length <= tokens:
-        raise ValueError(f"text_length={text_length} must be 0 to {tokens}, the tokens of x of {x.shape}")
     options = {
-        "norm_scale": norm_scale,
-        "norm_bias": norm_bias,
-        "shift": shift,
-        "scale": scale,
-        "text_length": text_length,
-        "epsilon": epsilon,
         "format": format,
-        "hadamard": hadamard_block(dim, hadamard),
+        "hadamard": hadamard_block(x.shape[-1], hadamard),
         "four_over_six": four_over_six,
         "carrier": carrier,
     }
-    return choose("adaln_quantize", IMPLEMENTATIONS, implementation, x, **options)(x, **options)
+    return choose("adaln_quantize", IMPLEMENTATIONS, implementation, x, norm, **options)(x, norm, **options)

@@ -8,12 +8,14 @@ the rows of text and once for those of video of each sample.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common import device
 from pallas_kernels.common.formats import CarriedArray, Int8Array, NVFP4Array
 from pallas_kernels.common.quantize_tile import Geometry, Instructions
@@ -36,20 +38,15 @@ def candidates(*, k: int, hadamard: int, target: str) -> list[Config]:
     return rotation.candidates(k=k, hadamard=hadamard, target=target)
 
 
-def refusal(x: Float[Array, "batch tokens dim"], *, hadamard: int, **options) -> str | None:
+def refusal(x: Float[Array, "batch tokens dim"], norm: AdaptiveNorm, *, hadamard: int, **options: Any) -> str | None:
     """See `common.choice.Implementation`."""
     return rotation.refusal(x, hadamard=hadamard)
 
 
 def adaln_quantize(
     x: Float[Array, "batch tokens dim"],
+    norm: AdaptiveNorm,
     *,
-    norm_scale: Float[Array, " dim"],
-    norm_bias: Float[Array, " dim"],
-    shift: Float[Array, "batch 2 dim"],
-    scale: Float[Array, "batch 2 dim"],
-    text_length: int,
-    epsilon: float,
     format: str,
     hadamard: int,
     four_over_six: bool = False,
@@ -63,12 +60,7 @@ def adaln_quantize(
         )
     return _adaln_quantize(
         x,
-        norm_scale,
-        norm_bias,
-        shift,
-        scale,
-        text_length=text_length,
-        epsilon=epsilon,
+        norm,
         output=Output(format=format, carrier=carrier, hadamard=hadamard, four_over_six=four_over_six),
         config=config,
         instructions=Instructions.here(),
@@ -76,34 +68,31 @@ def adaln_quantize(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("text_length", "epsilon", "output", "config", "instructions", "interpret"))
+@functools.partial(jax.jit, static_argnames=("output", "config", "instructions", "interpret"))
 def _adaln_quantize(
     x: Float[Array, "batch tokens dim"],
-    norm_scale: Float[Array, " dim"],
-    norm_bias: Float[Array, " dim"],
-    shift: Float[Array, "batch 2 dim"],
-    scale: Float[Array, "batch 2 dim"],
+    norm: AdaptiveNorm,
     *,
-    text_length: int,
-    epsilon: float,
     output: Output,
     config: Config,
     instructions: Instructions,
     interpret: bool,
 ) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]:
     batch, tokens, dim = x.shape
-    norm_scale, norm_bias, shift, scale = (value.astype(jnp.float32) for value in (norm_scale, norm_bias, shift, scale))
+    norm_scale, norm_bias, shift, scale = (
+        value.astype(jnp.float32) for value in (norm.norm_scale, norm.norm_bias, norm.shift, norm.scale)
+    )
     gain = norm_scale * (1 + scale)
     offset = norm_bias * (1 + scale) + shift
-    tiles = [pl.cdiv(length, config.rows) for length in (text_length, tokens - text_length)]
+    tiles = [pl.cdiv(length, config.rows) for length in (norm.text_length, tokens - norm.text_length)]
     prologue = functools.partial(
         _modulated,
         dim=dim,
         tokens=tokens,
-        text_length=text_length,
+        text_length=norm.text_length,
         text_tiles=tiles[0],
         tiles=sum(tiles),
-        epsilon=epsilon,
+        epsilon=norm.epsilon,
     )
     return rotation.quantize_rows(
         prologue,

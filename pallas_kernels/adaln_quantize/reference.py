@@ -5,67 +5,45 @@ and an implementation in float32, rounded once, is within `modulation_bound` of 
 holds, to the bit, for what it modulated to.
 """
 
+from typing import Any
+
 import numpy as np
 
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.formats import CarriedArray, Int8Array, NVFP4Array
 from pallas_kernels.rotate_quantize import reference as rotation
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 
 def adaln_quantize(
-    x: np.ndarray,
-    *,
-    norm_scale: np.ndarray,
-    norm_bias: np.ndarray,
-    shift: np.ndarray,
-    scale: np.ndarray,
-    text_length: int,
-    epsilon: float,
-    format: str,
-    hadamard: int,
-    four_over_six: bool = False,
-    carrier: str | None = None,
+    x: np.ndarray, norm: AdaptiveNorm, *, format: str, **options: Any
 ) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]:
-    """See `api.adaln_quantize`; `hadamard` is a block size or 0."""
-    y = modulate(
-        x,
-        norm_scale=norm_scale,
-        norm_bias=norm_bias,
-        shift=shift,
-        scale=scale,
-        text_length=text_length,
-        epsilon=epsilon,
-    )
-    return rotation.rotate_quantize(
-        y,
-        format=format,
-        hadamard=hadamard,
-        scale_dims=2 if format == "nvfp4" else 0,
-        four_over_six=four_over_six,
-        carrier=carrier,
-    )
+    """See `api.adaln_quantize`; options are those of `rotate_quantize`."""
+    scale_dims = 2 if format == "nvfp4" else 0
+    return rotation.rotate_quantize(modulate(x, norm), format=format, scale_dims=scale_dims, **options)
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def modulate(
-    x: np.ndarray,
-    *,
-    norm_scale: np.ndarray,
-    norm_bias: np.ndarray,
-    shift: np.ndarray,
-    scale: np.ndarray,
-    text_length: int,
-    epsilon: float,
-) -> np.ndarray:
+def modulate(x: np.ndarray, norm: AdaptiveNorm) -> np.ndarray:
     """((x - mean) / sqrt(variance + epsilon) * norm_scale + norm_bias) * (1 + scale) + shift, in x's dtype."""
-    dtype = x.dtype
-    x, norm_scale, norm_bias, shift, scale = (
-        np.asarray(value, np.float64) for value in (x, norm_scale, norm_bias, shift, scale)
-    )
-    centred = x - x.mean(-1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(epsilon).astype(np.float64))
-    shift, scale = (rows_of(value, x.shape[1], text_length) for value in (shift, scale))
-    return ((normed * norm_scale + norm_bias) * (1 + scale) + shift).astype(dtype)
+    return _modulated(x, norm).astype(x.dtype)
+
+
+def _modulated(x: np.ndarray, norm: AdaptiveNorm) -> np.ndarray:
+    """Float64."""
+    shift, scale = (rows_of(_wide(value), x.shape[1], norm.text_length) for value in (norm.shift, norm.scale))
+    centred, inverse = _centred(x, norm)
+    return (centred * inverse * _wide(norm.norm_scale) + _wide(norm.norm_bias)) * (1 + scale) + shift
+
+
+def _centred(x: np.ndarray, norm: AdaptiveNorm) -> tuple[np.ndarray, np.ndarray]:
+    """(x - mean, 1 / sqrt(variance + epsilon)), float64."""
+    centred = _wide(x) - _wide(x).mean(-1, keepdims=True)
+    return centred, 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + float(np.float32(norm.epsilon)))
+
+
+def _wide(value: np.ndarray) -> np.ndarray:
+    return np.asarray(value, np.float64)
 
 
 def rows_of(modulation: np.ndarray, tokens: int, text_length: int) -> np.ndarray:
@@ -74,16 +52,7 @@ def rows_of(modulation: np.ndarray, tokens: int, text_length: int) -> np.ndarray
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def modulation_bound(
-    x: np.ndarray,
-    *,
-    norm_scale: np.ndarray,
-    norm_bias: np.ndarray,
-    shift: np.ndarray,
-    scale: np.ndarray,
-    text_length: int,
-    epsilon: float,
-) -> np.ndarray:
+def modulation_bound(x: np.ndarray, norm: AdaptiveNorm) -> np.ndarray:
     """Largest |result - `modulate`| of each value, float64 of x's shape, to first order.
 
     What is computed in float32 is rounded to x's dtype: nearly always to what `modulate` rounds to, and to its
@@ -93,21 +62,15 @@ def modulation_bound(
     moves the row. A reciprocal square root is off by 2. Eight products and sums follow, on values no larger than
     |normed * norm_scale| + |norm_bias|, times |1 + scale|, plus |shift|.
     """
-    dtype = x.dtype
-    x, norm_scale, norm_bias, shift, scale = (
-        np.asarray(value, np.float64) for value in (x, norm_scale, norm_bias, shift, scale)
-    )
     depth = np.sqrt(x.shape[-1])
-    centred = x - x.mean(-1, keepdims=True)
-    inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    mean_error = (depth + 3) * np.abs(x).mean(-1, keepdims=True) * inverse
+    centred, inverse = _centred(x, norm)
+    mean_error = (depth + 3) * np.abs(_wide(x)).mean(-1, keepdims=True) * inverse
     normed = np.abs(centred) * inverse
-    shift, scale = (rows_of(value, x.shape[1], text_length) for value in (shift, scale))
-    exact = (centred * inverse * norm_scale + norm_bias) * (1 + scale) + shift
-    shift, scale = np.abs(shift), np.abs(scale)
+    shift, scale = (np.abs(rows_of(_wide(value), x.shape[1], norm.text_length)) for value in (norm.shift, norm.scale))
     # A mean that is off adds its square to the variance: beside 2^-24 * mean_error that is nothing.
-    gain = np.abs(norm_scale) * (1 + scale)
+    gain = np.abs(_wide(norm.norm_scale)) * (1 + scale)
     relative = (depth / 2 + 16) * normed + mean_error + normed * mean_error**2 * 2.0**-24
-    room = 2.0**-24 * (relative * gain + 8 * (np.abs(norm_bias) * (1 + scale) + shift))
-    low, middle, high = ((exact + off).astype(dtype).astype(np.float64) for off in (-room, 0, room))
+    room = 2.0**-24 * (relative * gain + 8 * (np.abs(_wide(norm.norm_bias)) * (1 + scale) + shift))
+    exact = _modulated(x, norm)
+    low, middle, high = (_wide((exact + off).astype(x.dtype)) for off in (-room, 0, room))
     return np.maximum(high - middle, middle - low)

@@ -12,6 +12,7 @@ from pallas_kernels import workloads
 from pallas_kernels.adaln_quantize import adaln_quantize
 from pallas_kernels.adaln_quantize import reference as adaln_reference
 from pallas_kernels.adaln_quantize.api import IMPLEMENTATIONS as ADALN
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common import reference as codecs
 from pallas_kernels.common.choice import Implementation
 from pallas_kernels.common.epilogue import Epilogue
@@ -170,15 +171,12 @@ def test_adaln_quantize_is_near_the_reference(implementation, tokens, dim, targe
     x = rng.standard_normal((2, tokens, dim)).astype("bfloat16")
     vectors = {name: rng.standard_normal(dim).astype("bfloat16") for name in ("norm_scale", "norm_bias")}
     vectors |= {name: rng.standard_normal((2, 2, dim)).astype("bfloat16") for name in ("shift", "scale")}
-    options |= {"text_length": 11, "epsilon": 1e-5}
-    skip_if_refused(ADALN, implementation, x, **vectors, **options, hadamard=128)
-    found, _ = adaln_quantize(
-        jnp.asarray(x),
-        **{name: jnp.asarray(value) for name, value in vectors.items()},
-        **options,
-        implementation=implementation,
-    )
-    wanted, _ = adaln_reference.adaln_quantize(x, **vectors, **options, hadamard=128)
+    static = {"text_length": 11, "epsilon": 1e-5}
+    norm = AdaptiveNorm(**vectors, **static)
+    skip_if_refused(ADALN, implementation, x, norm, **options, hadamard=128)
+    on_device = {name: jnp.asarray(value) for name, value in vectors.items()}
+    found, _ = adaln_quantize(jnp.asarray(x), **on_device, **static, **options, implementation=implementation)
+    wanted, _ = adaln_reference.adaln_quantize(x, norm, **options, hadamard=128)
     a, b = codecs.dequantize(as_numpy(found)), codecs.dequantize(wanted)
     assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
 

@@ -11,6 +11,7 @@ from quantized import differences, share_of_other_codes, unexplained
 
 from pallas_kernels.adaln_quantize import adaln_quantize, reference, shapes
 from pallas_kernels.adaln_quantize.api import IMPLEMENTATIONS
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common import device
 from pallas_kernels.rotate_quantize import reference as rotation
 
@@ -49,8 +50,8 @@ def on_device(keywords):
 
 def rotated_and_bound(x, keywords, hadamard):
     """The rotated rows of the definition, and how far an implementation may be from each value."""
-    y = reference.modulate(x, **keywords)
-    blocks = reference.modulation_bound(x, **keywords).reshape(-1, hadamard or 1)
+    y = reference.modulate(x, AdaptiveNorm(**keywords))
+    blocks = reference.modulation_bound(x, AdaptiveNorm(**keywords)).reshape(-1, hadamard or 1)
     if not hadamard:
         return y, blocks.reshape(y.shape)
     off = np.linalg.norm(blocks, axis=-1)
@@ -68,7 +69,9 @@ def test_every_shape_is_explained_by_the_definition(implementation, shape, optio
     found.validate()
     rotated, bound = rotated_and_bound(x, keywords, found.hadamard)
     assert unexplained(found, rotated, bound, four_over_six=options.get("four_over_six", False)) == []
-    wanted, wanted_statistics = reference.adaln_quantize(x, **keywords, **options, hadamard=found.hadamard)
+    wanted, wanted_statistics = reference.adaln_quantize(
+        x, AdaptiveNorm(**keywords), **options, hadamard=found.hadamard
+    )
     # A value within `bound` of where two codes meet may take either: about 1e-5 of all values.
     assert share_of_other_codes(found, wanted) <= 2e-3
     np.testing.assert_allclose(statistics.sum_abs, wanted_statistics.sum_abs, rtol=1e-5)
@@ -153,15 +156,20 @@ def test_jit_and_vmap_give_the_same_bytes(implementation):
 @pytest.mark.parametrize("format", ["int8", "nvfp4"])
 def test_mutations_are_not_explained(name, mutate, format):
     x, keywords = arguments()
-    mutated, _ = reference.adaln_quantize(x, **(keywords | mutate(keywords)), format=format, hadamard=128)
+    mutated, _ = reference.adaln_quantize(x, AdaptiveNorm(**(keywords | mutate(keywords))), format=format, hadamard=128)
     rotated, bound = rotated_and_bound(x, keywords, 128)
-    assert unexplained(reference.adaln_quantize(x, **keywords, format=format, hadamard=128)[0], rotated, bound) == []
+    assert (
+        unexplained(
+            reference.adaln_quantize(x, AdaptiveNorm(**keywords), format=format, hadamard=128)[0], rotated, bound
+        )
+        == []
+    )
     assert unexplained(mutated, rotated, bound) != []
 
 
 def test_a_missing_rounding_in_between_is_not_explained():
     x, keywords = arguments()
-    y = reference.modulate(x.astype(F32), **keywords)
+    y = reference.modulate(x.astype(F32), AdaptiveNorm(**keywords))
     unrounded, _ = rotation.rotate_quantize(y, format="int8", hadamard=128)
     assert unexplained(unrounded, *rotated_and_bound(x, keywords, 128)) != []
 

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from h100 import lowered
 
-from pallas_kernels.attention import attention, pallas_mosaic_gpu, reference, shapes
+from pallas_kernels.attention import attention, packed_attention, pallas_mosaic_gpu, reference, shapes
 from pallas_kernels.common import device
-
-H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
 
 
 def operands(shape, dtype, seed=0):
@@ -42,11 +41,23 @@ def test_the_tolerance_notices_a_wrong_scale_and_an_unmasked_tail():
 def test_lowers_for_an_h100(tokens, head, turns):
     x = jax.ShapeDtypeStruct((2, tokens, 3, head), jnp.bfloat16)
     config = pallas_mosaic_gpu.Config(stages=2, warpgroups=2 if turns else 3, turns=turns)
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=H100)
-    with jax.sharding.use_abstract_mesh(mesh):
-        run = jax.jit(lambda q, k, v: pallas_mosaic_gpu.attention(q, k, v, config=config))
-        text = run.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(lambda q, k, v: pallas_mosaic_gpu.attention(q, k, v, config=config), x, x, x)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+def test_packed_attention_lowers_for_an_h100_without_a_copy():
+    qkv = jax.ShapeDtypeStruct((2, 17_776, 9, 64), jnp.bfloat16)
+    text = lowered(pallas_mosaic_gpu.packed_attention, qkv)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    assert "stablehlo.slice" not in text
+
+
+def test_packed_attention_is_attention():
+    parts = operands(shapes.SMALL[1], "float32")
+    found = packed_attention(jnp.concatenate(parts, axis=2))
+    np.testing.assert_array_equal(found, attention(*parts))
+    with pytest.raises(ValueError, match=r"3 \* heads"):
+        packed_attention(parts[0][:, :, :2])
 
 
 @pytest.mark.parametrize("name", ["pallas_mosaic_gpu", "cudnn"])

@@ -8,6 +8,7 @@ import pytest
 from h100 import lowered
 
 from pallas_kernels.adaln_quantize import pallas_triton as adaln
+from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.quantize_tile import Instructions
 from pallas_kernels.rotate_quantize import pallas_triton as rotation
 from pallas_kernels.rotate_quantize.pallas_triton import Output
@@ -65,8 +66,6 @@ def test_rotate_quantize_with_one_scale_takes_two_kernels(dtype, hadamard):
 def test_adaln_quantize(capability, target):
     call = functools.partial(
         adaln._adaln_quantize,
-        text_length=226,
-        epsilon=1e-5,
         output=Output(**TARGETS[target], hadamard=128, four_over_six=False),
         config=adaln.heuristic(k=1920, hadamard=128, target=target),
         instructions=Instructions.of(capability),
@@ -75,5 +74,8 @@ def test_adaln_quantize(capability, target):
     x, vector, modulation = (
         jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 17_776, 1920), (1920,), (2, 2, 1920))
     )
-    text = lowered(call, x, vector, vector, modulation, modulation)
+    norm = AdaptiveNorm(
+        norm_scale=vector, norm_bias=vector, shift=modulation, scale=modulation, text_length=226, epsilon=1e-5
+    )
+    text = lowered(call, x, norm)
     assert text.count("__gpu$xla.gpu.triton") == 1
