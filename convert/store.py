@@ -203,13 +203,19 @@ def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any
                 )
                 for p in paths
             }
-            args = ocp.args.PyTreeRestore(item=spec, restore_args=how)
-            try:
-                out |= checkpointer.restore((folder / name).absolute(), args=args)
-            except Exception as error:  # orbax raises whatever it meets, and plain exceptions too
-                advice = "cannot be read; convert the checkpoint again"
-                raise CheckpointError(f"{folder / name}: {advice}: {str(error).partition('\n')[0]}") from error
+            out |= _restored(checkpointer, folder / name, ocp.args.PyTreeRestore(item=spec, restore_args=how))
     return out
+
+
+def _restored(checkpointer: ocp.Checkpointer, item: Path, args: ocp.args.PyTreeRestore) -> dict[str, jax.Array]:
+    try:
+        return checkpointer.restore(item.absolute(), args=args)
+    except Exception as error:  # orbax raises whatever it meets, and plain exceptions too
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        advice = "cannot be read; convert the checkpoint again"
+        raise CheckpointError(f"{item}: {advice}: {f'{root}'.partition('\n')[0]}") from error
 
 
 def check_destination(destination: Path, *, overwrite: bool, source: Path | None = None) -> None:
