@@ -68,6 +68,7 @@ class Settings:
             with the model is not of.
         tiny: a few rows alone, and untuned thresholds.
         deadline: seconds after which no further row is started.
+        workers: rows that run at once.
     """
 
     clips: int = 96
@@ -75,6 +76,7 @@ class Settings:
     calibration: int = 8
     tiny: bool = False
     deadline: float = float("inf")
+    workers: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,8 +204,13 @@ class Study:
         if jax.default_backend() != "cpu":
             for spec in specs:
                 self.programs.prepare(run_lanes, *self._arguments(spec))
-        for spec in specs:
-            self.row(spec)
+        with ThreadPoolExecutor(self.settings.workers) as pool:
+            for spec, done in zip(specs, pool.map(self.run, specs), strict=True):
+                if done is None:
+                    self.log(f"out of time: {spec.name}")
+                    continue
+                seconds, latents, trace = done
+                self.keep(spec.name, spec.group, latents, seconds, trace=trace, **spec.details)
 
     def _inputs(self, scenes: Sequence[Phrase], seed: int) -> tuple[jax.Array, sampler.Conditioning]:
         pipe, clips = self.pipe, len(scenes)
@@ -348,12 +355,12 @@ class Study:
         for name, (model, conditioning, count) in runs.items():
             began = time.monotonic()
             with jax.default_matmul_precision("highest" if model is single else "default"):
-                latents, _ = sampler.sample(model, *self.schedule(count), noise, conditioning)
+                latents = jax.block_until_ready(sampler.sample(model, *self.schedule(count), noise, conditioning)[0])
             if name == "bf16":
                 self.latents, self.frames = latents, self.decode(latents)
             width = 32.0 if model is single else 16.0
             spent = {"mean_bits": width * count / steps, "mean_bits_computed": width, "skip_share": 0.0}
-            self.keep(name, "reference", latents, began, **spent)
+            self.keep(name, "reference", latents, time.monotonic() - began, **spent)
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         return np.concatenate(
@@ -365,7 +372,7 @@ class Study:
         name: str,
         group: str,
         latents: jax.Array,
-        began: float,
+        seconds: float,
         *,
         trace: PrecisionTrace | None = None,
         **details: Any,
@@ -394,18 +401,17 @@ class Study:
             self.traces[name] = jax.tree.map(lambda value: np.asarray(value[:1])[0], host)
         row |= details
         row["psnr_by_clip"] = [None if np.isinf(value) else round(float(value), 3) for value in psnr]
-        row["seconds"] = round(time.monotonic() - began, 2)
+        row["seconds"] = round(seconds, 2)
         self.rows.append(row)
         self.log(_line(row))
 
-    def row(self, spec: Spec) -> None:
-        """Runs one policy on all held-out clips."""
+    def run(self, spec: Spec) -> tuple[float, jax.Array, PrecisionTrace] | None:
+        """One policy on all held-out clips: seconds, latents, traces; None if time is over."""
         began = time.monotonic()
         if began - self.started > self.settings.deadline:
-            self.log(f"out of time: {spec.name}")
-            return
+            return None
         latents, trace = self.programs.run(run_lanes, *self._arguments(spec))
-        self.keep(spec.name, spec.group, latents, began, trace=trace, **spec.details)
+        return time.monotonic() - began, latents, trace
 
     # Calibration
 
@@ -517,10 +523,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
     parser.add_argument("--clips", type=int, default=96, help="held-out clips; a multiple of 48 weighs prompts equally")
     parser.add_argument("--seconds", type=float, help="start no row of a solver later than this; default: all rows")
+    parser.add_argument("--workers", type=int, default=1, help="rows that run at once; a CPU's cores")
     parser.add_argument("--tiny", action="store_true", help="a few rows, two clips, four steps")
     arguments = parser.parse_args(argv)
     command = "python -m benchmarks.fidelity " + shlex.join(sys.argv[1:] if argv is None else argv)
-    settings = Settings(clips=arguments.clips, deadline=arguments.seconds or float("inf"))
+    settings = Settings(clips=arguments.clips, deadline=arguments.seconds or float("inf"), workers=arguments.workers)
     solvers = arguments.solvers
     if arguments.tiny:
         settings, solvers = Settings(clips=2, steps=4, calibration=1, tiny=True), solvers[:1]

@@ -70,7 +70,12 @@ def formats(study: "Study") -> list[Spec]:
         more = {"group": "formats", "priority": 3}
         specs += [
             Spec(name=name, group="formats", policy=policy, priority=0),
-            Spec(name=f"{name}, four over six", policy=policy, model="4/6", **more),
+            Spec(
+                name=f"{name}, four over six",
+                policy=policy,
+                model="4/6",
+                **more | {"priority": 1 if route == "int8" else 3},
+            ),
             Spec(name=f"{name}, no Hadamard", policy=study.fixed(route), model="no Hadamard", **more),
         ]
     return [*specs, Spec(name="W4A4, fp8 carrier", policy=study.fixed("nvfp4", carrier="fp8"), **more)]
@@ -86,19 +91,19 @@ def routing(study: "Study") -> list[Spec]:
         return lambda bits: study.policy(table(bits, **options))
 
     ways = {
-        "DMPQ": routed(),
-        "DMPQ by stream error": routed(by_stream=True),
-        f"DMPQ, INT8 in the last {LATE} steps": routed(late=LATE),
-        "static sites": static(study.allocation, by_step=False),
-        "first and last steps": static(study.edge_table, first=0.5),
-        "first steps": static(study.edge_table, first=1.0),
-        "last steps": static(study.edge_table, first=0.0),
-        "static sites and steps": static(study.allocation, by_step=True),
+        "DMPQ": (0, routed()),
+        "DMPQ by stream error": (3, routed(by_stream=True)),
+        f"DMPQ, INT8 in the last {LATE} steps": (1, routed(late=LATE)),
+        "static sites": (1, static(study.allocation, by_step=False)),
+        "first and last steps": (1, static(study.edge_table, first=0.5)),
+        "first steps": (3, static(study.edge_table, first=1.0)),
+        "last steps": (2, static(study.edge_table, first=0.0)),
+        "static sites and steps": (2, static(study.allocation, by_step=True)),
     }
     return [
-        Spec(name=f"{name}, {bits:g} bits", group="routing", policy=make(bits), priority=1 if bits == 6 else 3)
+        Spec(name=f"{name}, {bits:g} bits", group="routing", policy=make(bits), priority=priority if bits == 6 else 4)
         for bits in BITS
-        for name, make in ways.items()
+        for name, (priority, make) in ways.items()
         if bits == 6 or name in AT_EVERY_WIDTH
     ]
 
@@ -114,7 +119,7 @@ def caching(study: "Study") -> list[Spec]:
                 group="caching",
                 policy=study.cached(tau=tau),
                 model="plain",
-                priority=1 if share == 0.3 else 3,
+                priority=0 if share == 0.3 else 3,
                 details={"tau": tau},
             )
         )
@@ -130,17 +135,18 @@ def caching(study: "Study") -> list[Spec]:
 
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "PDR": (1, {}),
-    "naive": (1, {"stale": True, "purify": False}),
+    "PDR": (0, {}),
+    "naive": (0, {"stale": True, "purify": False}),
     "INT8 after a skip": (2, {"purify": False}),
-    "PDR, clean refresh in INT8": (2, {"clean": "int8"}),
-    "PDR, clean refresh in 16 bit": (2, {"clean": "16bit"}),
-    "PDR by stream error": (2, {"by_stream": True}),
-    "PDR, clean refresh in 16 bit if a skip is in sight": (1, {"clean": "16bit", "in_sight": True}),
-    "naive, INT8 in the last steps": (1, {"stale": True, "purify": False, "late": LATE}),
-    "INT8 after a skip and in the last steps": (1, {"purify": False, "late": LATE}),
-    "PDR, INT8 in the last steps": (2, {"late": LATE}),
-    "PDR, one skip in a row": (3, {"max_skips": 1}),
+    "PDR, clean refresh in INT8": (3, {"clean": "int8"}),
+    "PDR, clean refresh in 16 bit": (3, {"clean": "16bit"}),
+    "PDR by stream error": (3, {"by_stream": True}),
+    "PDR, clean refresh in 16 bit if a skip is in sight": (2, {"clean": "16bit", "in_sight": True}),
+    "naive, INT8 in the last steps": (2, {"stale": True, "purify": False, "late": LATE}),
+    "INT8 after a skip and in the last steps": (2, {"purify": False, "late": LATE}),
+    "PDR, INT8 in the last steps": (1, {"late": LATE}),
+    "PDR, INT8 in the last steps, four over six": (1, {"late": LATE, "model": "4/6"}),
+    "PDR, one skip in a row": (4, {"max_skips": 1}),
     "PDR, four skips in a row": (4, {"max_skips": 4}),
     "PDR, warm-up of 10 steps": (4, {"warm_up": 10}),
     "PDR, cool-down of 6 steps": (4, {"cool_down": 6}),
@@ -149,6 +155,15 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PDR, cache in nvfp4": (3, {"cache_format": "nvfp4"}),
 }
 """How quantisation and the cache are put together: the paper's way, less of it, and more; each with its priority."""
+SAME_FORMAT = (
+    ("16bit", "W4A16", "naive", "quantised"),
+    ("int8", "W4A8", "naive", "quantised"),
+    ("int8", "W4A8", "PDR", "quantised"),
+    ("int8", "W4A8", "naive", "4/6"),
+    ("nvfp4", "W4A4", "naive", "quantised"),
+    ("nvfp4", "W4A4", "PDR", "quantised"),
+)
+"""One format under the cache: route, its name, with purified refresh or not, the model's weights."""
 
 
 def stacking(study: "Study") -> list[Spec]:
@@ -157,12 +172,15 @@ def stacking(study: "Study") -> list[Spec]:
     for share, bits in (FULL, PROMISE):
         label = f"({100 * share:g} %, {bits:g} bits)"
         for name, (priority, options) in VARIANTS.items():
+            options = {**options}
+            model = options.pop("model", "quantised")
             found = study.tuned(share, bits, options)
             specs.append(
                 Spec(
                     name=f"DMPQ + TDC, {name} {label}",
                     group="cache format" if "cache_format" in options else "stacking",
                     policy=study.policy(**found, **options),
+                    model=model,
                     priority=priority,
                     details=found,
                 )
@@ -171,18 +189,13 @@ def stacking(study: "Study") -> list[Spec]:
                 tau = {"tau": found["tau"]}
                 specs += [
                     Spec(
-                        name=f"{format} + TDC, {how} {label}",
+                        name=f"{format} + TDC, {how}{', four over six' if model == '4/6' else ''} {label}",
                         group="stacking",
                         policy=study.policy(route, **tau, purify=how == "PDR"),
-                        priority=2 if (share, bits) == PROMISE else 4,
+                        model=model,
+                        priority=4 if (share, bits) == FULL else 1 if how == "naive" and route == "int8" else 3,
                         details=tau,
                     )
-                    for route, format, how in (
-                        ("16bit", "W4A16", "naive"),
-                        ("int8", "W4A8", "naive"),
-                        ("int8", "W4A8", "PDR"),
-                        ("nvfp4", "W4A4", "naive"),
-                        ("nvfp4", "W4A4", "PDR"),
-                    )
+                    for route, format, how, model in SAME_FORMAT
                 ]
     return specs
