@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     for row in rows(which, arguments.implementations, arguments.calls, arguments.candidates):
         found.append(row)
         print(table([row]).splitlines()[-1], flush=True)
-    record.write(arguments.out, program="benchmarks.attention", argv=argv, rows=found, table=table(found))
+    record.save(arguments.out, record.describe(program="benchmarks.attention", argv=argv, rows=found), table(found))
     return found
 
 

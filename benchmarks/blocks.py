@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     found = [row for model in arguments.models for row in rows(model, arguments.layers, arguments.steps)]
     text = table(found)
     print(text)
-    record.write(arguments.out, program="benchmarks.blocks", argv=argv, rows=found, table=text)
+    record.save(arguments.out, record.describe(program="benchmarks.blocks", argv=argv, rows=found), text)
     return found
 
 

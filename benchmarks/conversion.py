@@ -155,14 +155,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             rows.append(measure(model, Path(scratch)))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    record.write(
-        arguments.out,
-        program="benchmarks.conversion",
-        argv=argv,
-        rows=rows,
-        table=table(rows),
-        machine={"processor": platform.machine(), "cores": os.cpu_count()},
-    )
+    machine = {"processor": platform.machine(), "cores": os.cpu_count()}
+    result = record.describe(program="benchmarks.conversion", argv=argv, rows=rows, machine=machine)
+    record.save(arguments.out, result, table(rows))
     return rows
 
 

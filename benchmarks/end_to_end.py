@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for row in rows(model, arguments.steps, arguments.caches, arguments.shares):
             found.append(row)
             print(table([row]).splitlines()[-1], flush=True)
-    record.write(arguments.out, program="benchmarks.end_to_end", argv=argv, rows=found, table=table(found))
+    record.save(arguments.out, record.describe(program="benchmarks.end_to_end", argv=argv, rows=found), table(found))
     return found
 
 

@@ -12,11 +12,8 @@ decided runs, by the kernels that a user's run would take. Thresholds are solved
 
 import argparse
 import dataclasses
-import importlib.metadata
 import itertools
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import fidelity_report
+from benchmarks import fidelity_report, record
 from benchmarks.fidelity_policies import StudyRouter, StudySkipper
 from benchmarks.fidelity_rows import TAUS, Spec, all_rows, few_rows
 from sixbit_jax import Pipeline, metrics
@@ -491,15 +488,14 @@ def _line(row: Mapping[str, Any]) -> str:
     )
 
 
-def save(folder: Path, studies: Sequence[Study], command: str) -> dict[str, Any]:
+def save(folder: Path, studies: Sequence[Study], argv: Sequence[str] | None) -> dict[str, Any]:
     """Writes results.json, of whatever there is by now."""
-    device = jax.devices()[0]
-    record = {
-        "command": command,
-        "device": {"kind": device.device_kind, "platform": device.platform},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-        "settings": dataclasses.asdict(studies[0].settings) | {"guidance_scale": GUIDANCE, "deadline": None},
-        "calibration": {
+    result = record.describe(
+        program="benchmarks.fidelity",
+        argv=argv,
+        rows=[row for study in studies for row in study.rows],
+        settings=dataclasses.asdict(studies[0].settings) | {"guidance_scale": GUIDANCE, "deadline": None},
+        calibration={
             study.solver: {
                 "correlation": np.round(study.fit.correlation, 4).tolist(),
                 "alpha": np.round(study.fit.alpha, 6).tolist(),
@@ -510,11 +506,10 @@ def save(folder: Path, studies: Sequence[Study], command: str) -> dict[str, Any]
             for study in studies
             if study.fit is not None
         },
-        "rows": [row for study in studies for row in study.rows],
-    }
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(record, indent=1).replace("NaN", "null") + "\n")
-    return record
+    (folder / "results.json").write_text(json.dumps(result, indent=1).replace("NaN", "null") + "\n")
+    return result
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -526,7 +521,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workers", type=int, default=1, help="rows that run at once; a CPU's cores")
     parser.add_argument("--tiny", action="store_true", help="a few rows, two clips, four steps")
     arguments = parser.parse_args(argv)
-    command = "python -m benchmarks.fidelity " + shlex.join(sys.argv[1:] if argv is None else argv)
     settings = Settings(clips=arguments.clips, deadline=arguments.seconds or float("inf"), workers=arguments.workers)
     solvers = arguments.solvers
     if arguments.tiny:
@@ -535,18 +529,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def log(line: str) -> None:
         print(line, flush=True)
-        save(arguments.out, studies, command)
+        save(arguments.out, studies, argv)
 
     for solver in solvers:
         studies.append(Study(settings, solver, log))
         studies[-1].complete()
-    record = save(arguments.out, studies, command)
+    result = save(arguments.out, studies, argv)
     for study in studies:
         name = "DMPQ + TDC, PDR (15 %, 6 bits)"
         if name in study.traces:
             save_trace(study.traces[name], arguments.out / f"trace_{study.solver.lower()}.png", title=name)
-    fidelity_report.write(arguments.out, record)
-    return record
+    fidelity_report.write(arguments.out, result)
+    return result
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ costs, and with the weight as that route would read it from NVFP4 storage, which
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record
 from pallas_kernels.common.xla import dequantize
 from pallas_kernels.nvfp4_cast import cast
 from pallas_kernels.rotate_quantize import reference, rotate_quantize
 
-RESULTS = Path(__file__).parent / "results"
 NVFP4 = {"format": "nvfp4"}
 FOUR_OVER_SIX = {"format": "nvfp4", "four_over_six": True}
 ACTIVATIONS = {
@@ -141,7 +138,7 @@ def markdown(result: dict) -> str:
     lines = [
         "# Accuracy of the formats",
         "",
-        f"`{result['command']}`, on {result['device']}, "
+        f"`{result['command']}`, on {result['device']['kind']}, "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + ".",
         "",
@@ -166,20 +163,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--size", type=int, default=3072, help="contracting axis, a multiple of 128")
     parser.add_argument("--out-channels", type=int, default=768)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for formats.json and formats.md")
+    parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     options = parser.parse_args(arguments)
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
-        "command": "python -m benchmarks.formats",
-        "shape": {"rows": options.rows, "size": options.size, "out": options.out_channels},
-        "rows": [dataclasses.asdict(row) for row in measure(options.rows, options.size, options.out_channels)],
-        "weights": weight_errors(options.size, options.out_channels),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "formats.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "formats.md").write_text(markdown(result))
-    print(markdown(result), end="")
+    result = record.describe(
+        program="benchmarks.formats",
+        argv=arguments,
+        rows=measure(options.rows, options.size, options.out_channels),
+        shape={"rows": options.rows, "size": options.size, "out": options.out_channels},
+        weights=weight_errors(options.size, options.out_channels),
+    )
+    text = markdown(result)
+    print(text, end="")
+    record.save(options.out, result, text)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,13 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
-import importlib.metadata
-import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from pallas_kernels import workloads
 from pallas_kernels.common import device, timer
 from pallas_kernels.common.epilogue import Epilogue, apply
@@ -342,18 +340,10 @@ def main(arguments: list[str] | None = None) -> None:
             )
         ]
         rows = with_ratios(run(todo, run_ms=options.run_ms, threads=options.threads))
-    result = {
-        "device": {"kind": device.kind(), "platform": jax.default_backend()},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        "command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "rows": rows,
-    }
+    result = record.describe(program="benchmarks.kernels", argv=arguments, rows=rows)
     text = markdown(result)
     print(text, end="")
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(text)
+    record.save(options.out, result, text)
 
 
 if __name__ == "__main__":

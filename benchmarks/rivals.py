@@ -210,7 +210,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
             rows.append(measure(model, rival, device, arguments.calls, arguments.mode))
             print(table(rows, {}).splitlines()[-1], flush=True)
         more = {"argv": argv, "device": about, "versions": versions, "not_measured": missing}
-        record.write(arguments.out, program="benchmarks.rivals", rows=rows, table=table(rows, missing), **more)
+        result = record.describe(program="benchmarks.rivals", rows=rows, **more)
+        record.save(arguments.out, result, table(rows, missing))
     return rows
 
 

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> list[Stages]:
         rows.append(measure(name, make(), arguments.steps or steps))
     text = table(rows)
     print(text)
-    record.write(arguments.out, program="benchmarks.stages", argv=argv, rows=rows, table=text)
+    record.save(arguments.out, record.describe(program="benchmarks.stages", argv=argv, rows=rows), text)
     return rows
 
 

@@ -20,6 +20,7 @@ from pallas_kernels.common import device
 from pallas_kernels.common.epilogue import Epilogue, finish, select_gate, tanh_by_exp2
 from pallas_kernels.common.formats import CarriedArray, Int8Array
 from pallas_kernels.common.tuning import configured
+from pallas_kernels.scaled_matmul.case import case
 
 HOPPER = (9, 0)
 STEP_BYTES = 128
@@ -109,15 +110,7 @@ def scaled_matmul(
 ) -> Float[Array, "*rows n"] | Int32[Array, "*rows n"]:
     """See `api.scaled_matmul`; `config` None takes the heuristic's."""
     if config is None:
-        config = configured(
-            "scaled_matmul/pallas_triton",
-            heuristic,
-            rows=math.prod(a.shape[:-1]),
-            n=b.shape[0],
-            k=a.shape[-1],
-            itemsize=a.codes.dtype.itemsize,
-            gated=epilogue.gate is not None,
-        )
+        config = configured("scaled_matmul/pallas_triton", heuristic, **case(a, b, epilogue))
     return _scaled_matmul(a, b, epilogue, out_dtype=out_dtype, config=config, interpret=device.interpreting())
 
 
