@@ -70,9 +70,8 @@ def run(app: typer.Typer) -> None:
     sys.unraisablehook = dropped
     try:
         app()
-    except BaseException:
-        if not signals:
-            raise
-        if signals[0] == signal.SIGINT:
-            say_interrupted()
-        sys.exit(128 + signals[0])
+    finally:
+        if signals:
+            if signals[0] == signal.SIGINT:
+                say_interrupted()
+            sys.exit(128 + signals[0])
