@@ -49,7 +49,7 @@ test-oldest: .venv-oldest/.installed
 
 # Each notebook from top to bottom; `.venv/bin/python notebooks/run.py --write` saves their outputs.
 notebooks: .venv/.installed
-	.venv/bin/python notebooks/run.py
+	.venv/bin/python notebooks/run.py --jobs 2
 
 .venv-parity/.installed: tests/parity/requirements.txt
 	$(PARITY_PYTHON) -m venv .venv-parity

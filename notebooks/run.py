@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).resolve().parent
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 240.0
 LIMIT_BYTES = 400_000
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 MADE_BY = "outputs_of"
@@ -146,17 +147,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all in this folder")
     parser.add_argument("--write", action="store_true", help="save the outputs")
-    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="of each, default 120")
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="of each, default 240")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks that run at once; their timings then mean less")
     arguments = parser.parse_args(argv)
     paths = arguments.notebooks or sorted(FOLDER.glob("*.ipynb"))
     if missing := [str(path) for path in paths if not path.is_file()]:
         parser.error(f"no such notebook: {', '.join(missing)}")
     failed = 0
-    for path in paths:
-        found = run(path, arguments.limit, write=arguments.write)
-        failed += bool(found)
-        for problem in found:
-            print(f"{path.name}: {problem}", file=sys.stderr)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = pool.map(lambda path: run(path, arguments.limit, write=arguments.write), paths)
+        for path, found in zip(paths, runs, strict=True):
+            failed += bool(found)
+            for problem in found:
+                print(f"{path.name}: {problem}", file=sys.stderr)
     return 1 if failed else 0
 
 

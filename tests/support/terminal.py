@@ -17,8 +17,9 @@ def on_a_terminal(arguments, environment, interrupt_at=None) -> tuple[int, str, 
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     command = [sys.executable, "-m", "sixbit_jax.cli", *map(str, arguments)]
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | environment, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=theirs, env=inherited | environment, start_new_session=True
     )
     os.close(theirs)
     shown, sent = "", None
