@@ -1,7 +1,7 @@
 """NVFP4 weights in the two conventions that other tools write: compressed-tensors' and NVIDIA ModelOpt's.
 
 Of a linear layer `name` with weight [N, K], both store two codes a byte with the value of even index in the low nibble,
-E4M3 block scales, and one float32 scale for the tensor, as we do (`NVFP4Array`); they differ in names and in the last:
+E4M3 block scales, and one float32 scale for the tensor, as we do (`NVFP4Array`); they differ in names and in the last::
 
                         compressed-tensors                     ModelOpt
     uint8 [N, K/2]      name.weight_packed                     name.weight
@@ -117,7 +117,15 @@ def from_tensors(tensors: Mapping[str, np.ndarray], convention: str, name: str =
 
 
 def to_tensors(array: NVFP4Array, convention: str, name: str = "") -> dict[str, np.ndarray]:
-    """The inverse of `from_tensors`: the three tensors, under their full names.
+    """The inverse of `from_tensors`.
+
+    Args:
+        array: [N, K], not rotated.
+        convention: "compressed-tensors" or "modelopt".
+        name: of the layer; "" if names have one part only.
+
+    Returns:
+        The three tensors, under their full names.
 
     Raises:
         ValueError: on an unknown convention, or an array that is not valid.

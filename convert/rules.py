@@ -72,7 +72,12 @@ class Rule:
         return re.compile(out)
 
     def key_for(self, path: str, index: int = 0) -> str | None:
-        """The published key that fills our parameter `path` at `index`, or None if this rule does not fill it."""
+        """The published key that fills a parameter of ours, or None if this rule does not fill it.
+
+        Args:
+            path: dotted, of the parameter.
+            index: position in its stacked axis.
+        """
         if not self.target or not (match := self._inverse.fullmatch(path)):
             return None
         literals, groups = _split(self.source)

@@ -60,8 +60,9 @@ def calibrate(
     Args:
         pipe: its transformer is quantised as `QuantizationConfig` has it by default, unless it is already.
         prompts: typical of what will be generated; a dozen is a start, the paper takes 100.
-        num_inference_steps, guidance_scale, num_frames, height, width: of the runs that will be made.
+        num_inference_steps, guidance_scale: of the runs that will be made.
         seed: of the noise.
+        num_frames, height, width: of the runs that will be made; None for the model's own size.
         points: how many of the prompts are run at each operating point; 0 measures none, and targets then rest on
             simulation alone.
         cache_format: of the delta cache in those runs.
@@ -140,7 +141,12 @@ def calibrate(
 
 
 def work(prompts: int, points: int) -> int:
-    """How many runs `calibrate` makes."""
+    """How many runs `calibrate` makes.
+
+    Args:
+        prompts: number of prompts.
+        points: as there.
+    """
     return prompts + min(prompts, points) * len(SKIP_LEVELS) * len(ROUTE_LEVELS)
 
 

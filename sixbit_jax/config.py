@@ -249,6 +249,9 @@ class T5Config(_Config):
         """Takes the encoder's fields from a T5 `config.json` and leaves the decoder's and the bookkeeping.
 
         transformers' own files mix hundreds of generation settings in, so unknown fields are not errors here.
+
+        Raises:
+            ConfigError: on a value that is not supported.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         return cls._made({k: v for k, v in values.items() if k in known})
@@ -290,7 +293,11 @@ class SchedulerConfig(_Config):
 
     @classmethod
     def from_dict[C](cls: type[C], values: Mapping[str, Any]) -> C:
-        """As the base class; the class name comes from the file's `_class_name`."""
+        """Builds the configuration from a published JSON object; `class_name` is the file's `_class_name`.
+
+        Raises:
+            ConfigError: on an unknown field, or a value that is not supported.
+        """
         return super().from_dict({"class_name": values.get("_class_name", cls.class_name), **values})
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,10 @@ Latents = Float[Array, "..."] | Float[np.ndarray, "..."]
 def psnr(found: Video, wanted: Video) -> Float32[Array, " videos"]:
     """Peak signal-to-noise ratio of each video in dB, over all of its pixels; infinite where they are equal.
 
+    Args:
+        found: uint8 [videos, frames, height, width, 3].
+        wanted: likewise; the reference.
+
     Raises:
         ValueError: if the shapes differ.
     """
@@ -36,6 +40,10 @@ def ssim(found: Video, wanted: Video) -> Float32[Array, " videos"]:
     inside the frame: as `skimage.metrics.structural_similarity` with `gaussian_weights=True` and
     `use_sample_covariance=False`.
 
+    Args:
+        found: uint8 [videos, frames, height, width, 3].
+        wanted: likewise; the reference.
+
     Raises:
         ValueError: if the shapes differ, or a frame is smaller than the window.
     """
@@ -47,6 +55,10 @@ def ssim(found: Video, wanted: Video) -> Float32[Array, " videos"]:
 
 def relative_error(found: Latents, wanted: Latents) -> Float32[Array, " videos"]:
     """|found - wanted| / |wanted| of each video, in the L2 norm, float32.
+
+    Args:
+        found: latents [videos, ...] of any float dtype.
+        wanted: likewise; the reference.
 
     Raises:
         ValueError: if the shapes differ.

@@ -80,7 +80,15 @@ _compilation_clock = _CompilationClock()
 
 @jax.jit
 def encode_text(text_encoder: Split[T5EncoderModel], input_ids: Int[Array, "batch text"]) -> Float[Array, "..."]:
-    """Token ids -> text features [batch, text, d_model]. Padding attends like any token, as in CogVideoX."""
+    """Text features of token ids. Padding attends like any token, as in CogVideoX.
+
+    Args:
+        text_encoder: the T5 encoder.
+        input_ids: from `Pipeline.tokenize`.
+
+    Returns:
+        [batch, text, d_model], in the encoder's dtype.
+    """
     return text_encoder.merge()(input_ids)
 
 
@@ -88,11 +96,11 @@ def encode_text(text_encoder: Split[T5EncoderModel], input_ids: Int[Array, "batc
 def decode_latents(
     vae: Split[AutoencoderKLCogVideoX], latents: Float[Array, "batch f channels h w"], *, tiled: bool = False
 ) -> UInt8[Array, "batch frames height width 3"]:
-    """Denoised latents in diffusers' layout -> video, rounded to 8 bits on the device.
+    """The video of denoised latents, rounded to 8 bits on the device.
 
     Args:
         vae: the autoencoder; its `scaling_factor` is divided out.
-        latents: as the sampler returns them.
+        latents: as `sixbit_jax.sampling.sampler.sample` returns them, without the padding frames of temporal patches.
         tiled: decode overlapping spatial tiles, which bounds memory for large frames.
     """
     model = vae.merge()
@@ -105,7 +113,12 @@ def decode_latents(
 def initial_latents(
     keys: jax.Array, shape: tuple[int, int, int, int]
 ) -> Float[Array, "batch frames channels height width"]:
-    """Standard normal latents [frames, channels, height, width] for each video's key."""
+    """Standard normal starting noise, float32.
+
+    Args:
+        keys: one a video, from `video_keys`.
+        shape: of one video's latents, [frames, channels, height, width].
+    """
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
@@ -113,6 +126,13 @@ def video_keys(seed: int | Sequence[int], batch: int) -> jax.Array:
     """One key a video: of its own seed, or of one seed and its position in the batch.
 
     A list with one seed gives that seed's first video, so a video of a batch can be made again alone.
+
+    Args:
+        seed: one for all videos, or a sequence with one for each.
+        batch: number of videos.
+
+    Returns:
+        Typed keys [batch].
 
     Raises:
         ArgumentError: if several seeds are given and their number is not `batch`, or one is not in 0..2^32 - 1.
@@ -196,7 +216,8 @@ class Pipeline:
         """Loads a diffusers folder, or one made by `sixbit convert`.
 
         Args:
-            path: the folder, or "mini" for the small trained model that ships with this package.
+            path: the folder; or a hub id `org/name`, which is downloaded; or "mini" for the small trained model that
+                ships with this package.
             dtype: compute and parameter dtype of all models.
             vae_tiling: see the class.
             quantization: "w4a16" (weights only), "int8", "nvfp4" (activations on one route), "sixbit" (routed to a
@@ -317,12 +338,12 @@ class Pipeline:
 
     @property
     def default_size(self) -> tuple[int, int, int]:
-        """(num_frames, height, width) of a call that does not say: what the model was trained for."""
+        """What a call that does not say makes, and the model was trained for, as (num_frames, height, width)."""
         config, (space, _) = self.transformer.merge().config, self._compression
         return config.sample_frames, config.sample_height * space, config.sample_width * space
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "batch text"]:
-        """Token ids, padded or cut to the model's text length; a `TruncatedPromptWarning` shows what was cut."""
+        """Token ids, int32, padded or cut to the model's text length; a `TruncatedPromptWarning` shows what was cut."""
         limit = self.transformer.merge().config.max_text_seq_length
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, add_special_tokens=True
@@ -516,7 +537,21 @@ class Pipeline:
         use_dynamic_cfg: bool = False,
         latents: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None,
     ) -> tuple[schedulers.Schedule, sampler.PerStep, Float[Array, "..."], sampler.Conditioning]:
-        """What `sampler.sample` takes after the transformer: schedule, guidance, starting noise, conditioning."""
+        """What `sampler.sample` takes after the transformer.
+
+        Args:
+            positive: text features to follow, from `encode`.
+            negative: text features to steer away from; None turns guidance off.
+            keys: one a video, from `video_keys`.
+            shape: of one video's latents, [frames, channels, height, width].
+            schedule: from `schedulers.make_schedule`.
+            guidance_scale: classifier-free guidance.
+            use_dynamic_cfg: let the guidance scale grow over the steps.
+            latents: starting noise [batch, *shape] instead of noise from the keys.
+
+        Returns:
+            Schedule, guidance scale of every step, starting noise, conditioning.
+        """
         steps = len(schedule.timesteps)
         scale = schedulers.guidance_schedule(guidance_scale, schedule.timesteps, steps, use_dynamic_cfg)
         noise = initial_latents(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32)
@@ -526,7 +561,12 @@ class Pipeline:
     def decode(
         self, latents: Float[Array, "batch f channels h w"], num_frames: int
     ) -> UInt8[np.ndarray, "batch frames height width 3"]:
-        """The video of latents, one of a batch at a time, so that memory does not grow with the batch."""
+        """The video of latents, one of a batch at a time, so that memory does not grow with the batch.
+
+        Args:
+            latents: as the sampler returns them.
+            num_frames: of the call; what the latents have more, in front, is padding.
+        """
         padding = latents.shape[1] - ((num_frames - 1) // self._compression[1] + 1)
         return np.concatenate(
             [

@@ -55,7 +55,13 @@ class QuantLinear(nnx.Module):
     def from_linear(
         cls, linear: nnx.Linear, *, hadamard: int | None = None, four_over_six: bool = False
     ) -> "QuantLinear":
-        """Quantises the kernel [in, out] (or [layers, in, out], one tensor scale a layer) of a flax layer.
+        """Quantises the kernel of a flax layer.
+
+        Args:
+            linear: its kernel is [in, out], or [layers, in, out], which gets one tensor scale a layer; one of shapes
+                gives shapes.
+            hadamard: as in `rotate_quantize`: None for the largest block that fits.
+            four_over_six: likewise.
 
         Raises:
             ValueError: if `in` is not a multiple of 16, or of the rotation's block.
@@ -74,6 +80,7 @@ class QuantLinear(nnx.Module):
 
     @property
     def weight(self) -> NVFP4Array:
+        """The stored weight, [out, K] or [layers, out, K]."""
         return NVFP4Array(
             codes=self.codes[...],
             scales=self.scales[...],
@@ -84,7 +91,14 @@ class QuantLinear(nnx.Module):
     def multiply(self, x: Int8Array | CarriedArray, **epilogue: Any) -> Float[Array, "..."]:
         """The product with an activation that is quantised already: [..., K] -> [..., out].
 
-        The weight is cast once to the activation's own type. `epilogue` is that of `scaled_matmul`, less the bias.
+        The weight is cast once to the activation's own type.
+
+        Args:
+            x: in the rotation of the weight.
+            **epilogue: of `scaled_matmul`, less the bias: activation, gate, residual, text_length.
+
+        Raises:
+            ValueError: if x or the epilogue does not fit the weight.
         """
         carrier = {codes: name for name, codes in CARRIERS.items()}.get(x.codes.dtype, "int8")
         with jax.named_scope("cast"):
@@ -101,6 +115,9 @@ class QuantLinear(nnx.Module):
             route: "nvfp4" (4-bit activation, one tensor scale a row), "int8", or "16bit" (weight dequantised).
             carrier: what NVFP4 operands are multiplied in: "exact" or "fp8".
             **epilogue: activation, gate, residual, text_length.
+
+        Returns:
+            [..., out], in the layer's dtype.
 
         Raises:
             ValueError: on an unknown route or carrier.
@@ -146,7 +163,11 @@ def quantize_model(
 
 
 def quantized_paths(model: nnx.Module, rules: Sequence[tuple[str, str]]) -> list[str]:
-    """Dotted paths of the linears that the rules of `quantize_model` quantise.
+    """Dotted paths of the linears that `quantize_model` would quantise.
+
+    Args:
+        model: any module.
+        rules: as there.
 
     Raises:
         ValueError: as there, but for sizes.

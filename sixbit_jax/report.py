@@ -77,6 +77,10 @@ def _nbytes(tree: Any) -> int:
 def fidelity(found: PipelineOutput, wanted: PipelineOutput) -> dict[str, Any]:
     """How close the first video of a run is to that of another, for run.json.
 
+    Args:
+        found: the run, with frames.
+        wanted: the reference, likewise.
+
     Returns:
         `psnr` and `psnr_by_frame` in dB, None where they are infinite; `ssim`, None for frames smaller than its
         window; `latent_error`, the relative L2 error of the latents.
@@ -129,7 +133,7 @@ def save_run(folder: Path, record: Mapping[str, Any], quantized: PipelineOutput,
 
 
 def write(folder: str | Path) -> Path:
-    """Makes report.html of a folder that `save_run` wrote; -> its path.
+    """Makes report.html of a folder that `save_run` wrote, and returns its path.
 
     Raises:
         ArgumentError: if files are missing (lists them) or cannot be read.

@@ -40,7 +40,7 @@ def choose(
         operation: for messages.
         implementations: by name.
         name: of an implementation, or None.
-        *args: with `kwargs`, what the function will be called with.
+        *args, **kwargs: what the function will be called with.
 
     Raises:
         ValueError: on a name that the table does not hold.

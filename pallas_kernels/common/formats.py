@@ -145,9 +145,9 @@ class CarriedArray:
 
     With u = E2M1(code) * E4M3(block scale) of the NVFP4 array:
 
-    carrier "exact": codes are u in bfloat16, which is exact; scale is the tensor scale of the row.
-    carrier "fp8": codes are u / 8 rounded to E4M3, nearest, ties to even: one more rounding, of at most 1/16 of the
-        value (or 2^-10, near zero); scale is 8 times the tensor scale. NaN stays NaN, and nothing overflows.
+    - carrier "exact": codes are u in bfloat16, which is exact; scale is the tensor scale of the row.
+    - carrier "fp8": codes are u / 8 rounded to E4M3, nearest, ties to even: one more rounding, of at most 1/16 of the
+      value (or 2^-10, near zero); scale is 8 times the tensor scale. NaN stays NaN, and nothing overflows.
 
     Attributes:
         codes: bfloat16 or float8_e4m3fn [..., K].

@@ -65,7 +65,13 @@ def compile(function: Callable, sets: Sequence[tuple], *, estimate_ms: float, ru
 
 
 def measure(program: Program, sets: Sequence[tuple], *, runs: int = 5) -> Timing:
-    """Times a program, after a run that does not count. No two sets may be the same arrays."""
+    """Times a program, after a run that does not count.
+
+    Args:
+        program: from `compile`.
+        sets: of arguments, as many as there; no two may be the same arrays.
+        runs: that count.
+    """
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()

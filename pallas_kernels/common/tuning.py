@@ -25,7 +25,12 @@ def case_key(**case) -> str:
 
 
 def configuration(operation: str, key: str) -> dict | None:
-    """The fields of the tuned `Config` of a case on the default device; None if it was not tuned."""
+    """The fields of the tuned `Config` of a case on the default device; None if it was not tuned.
+
+    Args:
+        operation: with the implementation, as "scaled_matmul/pallas_triton".
+        key: from `case_key`.
+    """
     return _configurations(slug(device.kind())).get(operation, {}).get(key, {}).get("config")
 
 

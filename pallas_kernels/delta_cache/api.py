@@ -64,6 +64,9 @@ def apply_delta(
         stored: what `store_delta` gave.
         implementation: a name in `APPLY`, or None for the best one here.
 
+    Returns:
+        The residual stream behind the block, as x.
+
     Raises:
         ValueError: if the shapes differ; the message has them.
         NotImplementedError: if the named implementation can't do this call here.

@@ -20,11 +20,11 @@ def cast(
 
     Args:
         array: [..., K], most often a stored weight [out, K].
-        to: what to make of it:
+        to: what to make of it.
             "int8": Int8Array, symmetric, one scale a row; a row with a NaN block scale has a NaN scale.
             "exact", "fp8": CarriedArray of that carrier.
-            "bfloat16": an array of bfloat16 [..., K], rotated back: the weight to multiply an activation with that was
-                not rotated. Rounded once, from float32. The other three stay rotated.
+            "bfloat16": an array of bfloat16 [..., K], rotated back and rounded once, from float32: the weight to
+            multiply an activation with that was not rotated. The other three stay rotated.
         implementation: "xla", "pallas_triton", or None for the best one here.
 
     Raises:

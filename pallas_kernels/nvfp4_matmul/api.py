@@ -42,6 +42,9 @@ def nvfp4_matmul(
         out_dtype: bfloat16, float16 or float32.
         implementation: of `scaled_matmul`, or "xla" for "native"; None for the best one here.
 
+    Returns:
+        [..., N]; a NaN block scale makes its row or column NaN.
+
     Raises:
         ValueError: on an unknown carrier, or operands or parts of the epilogue that do not fit together.
         NotImplementedError: on a carrier or a named implementation that the device rules out.

@@ -41,6 +41,9 @@ def weight_only_matmul(
         out_dtype: bfloat16, float16 or float32; None for that of x.
         implementation: "xla", "pallas_triton", or None for the best one here.
 
+    Returns:
+        [..., N].
+
     Raises:
         ValueError: if x, weight or parts of the epilogue do not fit together; the message has the sizes.
         NotImplementedError: if an implementation is named that the device or the call rules out.

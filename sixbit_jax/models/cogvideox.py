@@ -179,7 +179,20 @@ class CogVideoXTransformer3DModel(nnx.Module):
         timestep: Int[Array, " batch"],
         ofs: Float[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch tokens dim"], BlockContext]:
-        """Latents, text features and timestep -> (residual stream, what the blocks read beside it)."""
+        """What goes into the first block.
+
+        Args:
+            hidden_states: as in a call, like all that follow.
+            encoder_hidden_states: text features.
+            timestep: of each sample.
+            ofs: the offset condition, for models that have one.
+
+        Returns:
+            The residual stream, text rows first, and what the blocks read beside it.
+
+        Raises:
+            ValueError: if the latents do not fit the patches, or `ofs` does not fit the model.
+        """
         config = self.config
         if (ofs is None) != (config.ofs_embed_dim is None):
             raise ValueError(f"ofs must be given exactly for models with ofs_embed_dim; here {config.ofs_embed_dim=}")
@@ -209,7 +222,16 @@ class CogVideoXTransformer3DModel(nnx.Module):
     def project(
         self, x: Float[Array, "batch tokens dim"], context: BlockContext, latents_shape: tuple[int, ...]
     ) -> Float[Array, "batch frames channels height width"]:
-        """Residual stream after the last block -> prediction in the layout of the latents."""
+        """The prediction, from the residual stream behind the last block.
+
+        Args:
+            x: the stream.
+            context: from `embed`.
+            latents_shape: [batch, frames, channels, height, width].
+
+        Returns:
+            The prediction of a call, in the layout of the latents and the compute dtype.
+        """
         f, h, w = self.token_grid(latents_shape)
         p, pt = self.config.patch_size, self.config.patch_size_t or 1
         video = self.norm_out(self.norm_final(x[:, context.text_length :]), context.temb)

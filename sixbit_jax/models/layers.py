@@ -13,6 +13,13 @@ class LayerNorm(nnx.Module):
 
     flax's own computes E[x^2] - E[x]^2 and multiplies in the compute dtype; torch, whose results are the reference,
     does what is done here.
+
+    Args:
+        dim: width of the last axis.
+        epsilon: added to the variance.
+        dtype: of the result.
+        param_dtype: dtype of scale and bias, which start as ones and zeros.
+        rngs: not read.
     """
 
     def __init__(self, dim: int, *, epsilon: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
@@ -28,5 +35,11 @@ class LayerNorm(nnx.Module):
 
 
 def stack(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules made by `make(rngs)` as one module whose parameters have a leading axis [count]."""
+    """Equal modules as one, to be scanned over: its parameters have a leading axis [count].
+
+    Args:
+        make: rngs -> module.
+        count: number of modules.
+        rngs: split into one for each.
+    """
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))

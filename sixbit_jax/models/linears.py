@@ -35,15 +35,38 @@ class Modulation:
 
 @runtime_checkable
 class Linears(Protocol):
-    """Computes a block's linears. `linear` is the block's own layer of that site; x is [batch, tokens, dim]."""
+    """Computes a block's linears."""
 
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
     ) -> jax.Array:
-        """linear(norm(x) * (1 + scale) + shift), then GELU (tanh) if asked for."""
+        """linear(norm(x) * (1 + scale) + shift), then GELU (tanh) if asked for.
+
+        Args:
+            site: of `SITES`: "attn_in" or "ff_in".
+            linear: the block's own layer of that site.
+            x: the residual stream, [batch, tokens, dim].
+            norm: the layer norm in front.
+            modulation: shift and scale.
+            gelu: whether an activation follows.
+
+        Returns:
+            [batch, tokens, out], in the model's dtype.
+        """
 
     def gated(self, site: str, linear: Any, x: jax.Array, residual: jax.Array, modulation: Modulation) -> jax.Array:
-        """residual + gate * linear(x)."""
+        """residual + gate * linear(x).
+
+        Args:
+            site: of `SITES`: "attn_out" or "ff_out".
+            linear: the block's own layer of that site.
+            x: [batch, tokens, in].
+            residual: the residual stream, [batch, tokens, dim].
+            modulation: gate.
+
+        Returns:
+            [batch, tokens, dim], in the model's dtype.
+        """
 
 
 def per_row(values: Float[Array, "batch 2 dim"], tokens: int, text_length: int) -> Float[Array, "batch {tokens} dim"]:

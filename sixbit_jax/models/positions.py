@@ -51,6 +51,7 @@ def sincos_3d(config: TransformerConfig, grid: tuple[int, int, int]) -> Float32[
     """Fixed position embeddings of the video tokens (`get_3d_sincos_pos_embed` of diffusers).
 
     Args:
+        config: gives the width and the interpolation scales.
         grid: tokens along time, height and width.
     """
     frames, height, width = grid
@@ -84,6 +85,7 @@ def rotary_3d(
     Each frequency stands twice in a row, for the two halves of a rotated pair.
 
     Args:
+        config: gives the width of a head and the training resolution.
         grid: tokens along time, height and width.
     """
     frames, height, width = grid
@@ -115,6 +117,11 @@ def rotary_3d(
 def prepend_identity(
     tables: tuple[jax.Array, jax.Array], rows: int
 ) -> tuple[Float32[Array, "all head"], Float32[Array, "all head"]]:
-    """Rotary tables with `rows` unrotated positions (the text tokens) in front."""
+    """Rotary tables with unrotated positions, the text tokens, in front.
+
+    Args:
+        tables: (cos, sin), from `rotary_3d`.
+        rows: number of text tokens.
+    """
     cos, sin = tables
     return jnp.pad(cos, ((rows, 0), (0, 0)), constant_values=1.0), jnp.pad(sin, ((rows, 0), (0, 0)))

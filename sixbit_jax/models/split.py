@@ -19,6 +19,7 @@ class Split[M]:
 
     @classmethod
     def of(cls, module: M) -> "Split[M]":
+        """The module taken apart; parameters are not copied."""
         graph, params = nnx.split(module)
         return cls(params=params, graph=graph)
 

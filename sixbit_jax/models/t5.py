@@ -125,7 +125,15 @@ class T5EncoderModel(nnx.Module):
     def attention_bias(
         self, length: int, attention_mask: Bool[Array, "batch length"] | Integer[Array, "batch length"] | None = None
     ) -> Float32[Array, "#batch heads length length"]:
-        """What every block adds to its logits: the relative position biases, and the lowest float32 on masked keys."""
+        """What every block adds to its logits.
+
+        Args:
+            length: number of tokens.
+            attention_mask: 0 or False where a token must not be attended to; None attends to all.
+
+        Returns:
+            The relative position biases, and the lowest float32 on masked keys.
+        """
         config = self.config
         buckets = relative_position_buckets(
             length, config.relative_attention_num_buckets, config.relative_attention_max_distance

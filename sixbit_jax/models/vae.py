@@ -98,8 +98,13 @@ class Decoder(nnx.Module):
 class AutoencoderKLCogVideoX(nnx.Module):
     """The autoencoder. Scaling of latents (`config.scaling_factor`) is the caller's.
 
-    `dtype` is the compute and output dtype, `param_dtype` that of the weights; group statistics are float32. The
-    weights of a fresh module make every norm start as a plain group norm.
+    The weights of a fresh module make every norm start as a plain group norm.
+
+    Args:
+        config: the published configuration.
+        dtype: compute and output dtype. Group statistics are float32 whatever it is.
+        param_dtype: dtype of the stored parameters.
+        rngs: for random initialisation; under `nnx.eval_shape` nothing is allocated.
 
     Raises:
         ValueError: if a width of the configuration does not divide into its norm groups, or a chunk of frames would
@@ -234,7 +239,15 @@ def mode(moments: Float[Array, "*dims Z"]) -> Float[Array, "*dims C"]:
 
 
 def sample_moments(moments: Float[Array, "*dims Z"], key: PRNGKeyArray | Array) -> Float[Array, "*dims C"]:
-    """Latents drawn from the diagonal Gaussian, in the dtype of `moments`; computed in float32."""
+    """Latents drawn from the diagonal Gaussian; computed in float32.
+
+    Args:
+        moments: from `AutoencoderKLCogVideoX.encode`.
+        key: of the draw.
+
+    Returns:
+        In the dtype of `moments`, with half of its channels, not scaled.
+    """
     mean, log_variance = split_moments(moments.astype(jnp.float32))
     noise = jax.random.normal(key, mean.shape, jnp.float32)
     return (mean + jnp.exp(log_variance / 2) * noise).astype(moments.dtype)

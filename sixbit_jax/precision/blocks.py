@@ -134,7 +134,19 @@ def run_blocks(
     state: PrecisionState,
     progress: Progress,
 ) -> tuple[Float[Array, "samples tokens dim"], PrecisionState, PrecisionTrace]:
-    """All blocks of one forward pass. Samples are [guidance branches x videos]."""
+    """All blocks of one forward pass: decides, computes or skips each, and measures.
+
+    Args:
+        model: the transformer.
+        x: the residual stream, text rows first; samples are [guidance branches x videos].
+        context: from `embed`, with `x`.
+        policy: how bits are spent.
+        state: from `init_state` or the last step.
+        progress: where in the run the step is.
+
+    Returns:
+        The stream behind the last block, the next state, and what was decided and measured.
+    """
     routes, predicted, router_state = policy.router.decide(state.router, state.observation, progress)
     skip, refresh, skipper_state = policy.skipper.decide(state.skipper, state.observation, progress)
     blocks, groups = skip.shape

@@ -162,7 +162,7 @@ class Calibration:
 
     @functools.cached_property
     def transformer_config(self) -> TransformerConfig:
-        """Of the model."""
+        """Configuration of the model."""
         return TransformerConfig.from_dict(self.fingerprint.transformer)
 
     def save(self, path: str | Path) -> None:
@@ -221,6 +221,10 @@ class Calibration:
 
     def check(self, transformer: Split[CogVideoXTransformer3DModel], *, name: str = "this calibration") -> None:
         """Makes sure that it is of this model.
+
+        Args:
+            transformer: with quantised linears.
+            name: of the calibration, for the message.
 
         Raises:
             CheckpointError: if not; says what differs.

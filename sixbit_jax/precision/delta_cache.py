@@ -18,7 +18,14 @@ Cache = jax.Array | Int8Array | NVFP4Array
 
 
 def init(format: str, blocks: int, groups: int, shape: tuple[int, ...], dtype: Any) -> Cache:
-    """An empty cache for deltas of `shape` [rows, tokens, dim]; `dtype` is that of "16bit".
+    """An empty cache.
+
+    Args:
+        format: "16bit", "int8" or "nvfp4".
+        blocks: of the model.
+        groups: videos that are decided on together.
+        shape: of a delta, [rows, tokens, dim].
+        dtype: of "16bit"; not read by the others.
 
     Raises:
         ArgumentError: on an unknown format, or a dim that NVFP4's blocks do not divide.
@@ -40,12 +47,25 @@ def init(format: str, blocks: int, groups: int, shape: tuple[int, ...], dtype: A
 
 
 def entry(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""]) -> Cache:
-    """The stored delta of one block and group, [rows, tokens, dim]."""
+    """One stored delta, [rows, tokens, dim].
+
+    Args:
+        cache: from `init` or `replace`.
+        block: its position.
+        group: its position.
+    """
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)[group], cache)
 
 
 def replace(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""], entry: Cache) -> Cache:
-    """The cache with one entry replaced, in place under jit."""
+    """The cache with one entry replaced, in place under jit.
+
+    Args:
+        cache: from `init` or `replace`.
+        block: position of the entry.
+        group: likewise.
+        entry: as `entry` gives it, in the format of the cache.
+    """
 
     def replaced(leaf: jax.Array, value: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(leaf, value[None, None], (block, group, *[0] * value.ndim))
@@ -54,5 +74,5 @@ def replace(cache: Cache, block: Int32[Array, ""], group: Int32[Array, ""], entr
 
 
 def nbytes(cache: Cache) -> int:
-    """Bytes of a cache, or of its shapes."""
+    """Bytes of a cache, or of one of shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -26,15 +26,39 @@ NVFP4, INT8, SIXTEEN = (ROUTES.index(name) for name in ("nvfp4", "int8", "16bit"
 
 @runtime_checkable
 class Router(Protocol):
-    @property
-    def choices(self) -> tuple[str, ...]: ...
+    """Decides the precision of each site of each block, for all blocks at once, at the beginning of a step."""
 
     @property
-    def observes(self) -> bool: ...
+    def choices(self) -> tuple[str, ...]:
+        """Routes it can take, most exact last; the compiled program holds the kernels of these alone."""
 
-    def init(self, blocks: int, groups: int) -> Any: ...
+    @property
+    def observes(self) -> bool:
+        """Whether it needs the volatility measured."""
 
-    def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]: ...
+    def init(self, blocks: int, groups: int) -> Any:
+        """The state before the first step.
+
+        Args:
+            blocks: of the model.
+            groups: videos that are decided on together.
+
+        Raises:
+            ArgumentError: if the router is made for another number of blocks.
+        """
+
+    def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:
+        """One step's decisions.
+
+        Args:
+            state: from `init` or the last step.
+            observation: what the last step measured.
+            progress: where in the run the step is.
+
+        Returns:
+            Routes, int32 [blocks, groups, sites], indices into `qtensor.ROUTES`; the predicted NVFP4 errors, float32
+            of that shape, NaN where there is no prediction; the next state.
+        """
 
 
 def _unknown(observation: Observation) -> jax.Array:
@@ -43,7 +67,11 @@ def _unknown(observation: Observation) -> jax.Array:
 
 @struct.dataclass(kw_only=True)
 class ConstantRouter:
-    """The same route everywhere: "nvfp4" (W4A4), "int8" (W4A8) or "16bit" (weights only; the null router)."""
+    """The same route everywhere: "nvfp4" (W4A4), "int8" (W4A8) or "16bit" (weights only; the null router).
+
+    Attributes:
+        route: its name.
+    """
 
     route: str = struct.field(pytree_node=False, default="16bit")
     observes = False
@@ -107,7 +135,17 @@ class TableRouter:
 
 
 def edges(steps: int, blocks: int, *, first: int, last: int) -> TableRouter:
-    """INT8 for the first and last steps, NVFP4 between them."""
+    """INT8 for the first and last steps, NVFP4 between them.
+
+    Args:
+        steps: of the run.
+        blocks: of the model.
+        first: how many steps at the beginning run in INT8.
+        last: how many at the end.
+
+    Raises:
+        ArgumentError: if these are negative, or together more than the steps.
+    """
     if first < 0 or last < 0 or first + last > steps:
         raise ArgumentError(f"{first=} and {last=} must not be negative, nor more than the {steps} steps together")
     table = np.full((steps, blocks, len(SITES)), NVFP4, np.int32)
@@ -160,7 +198,15 @@ class CostAwareRouter:
 
     @classmethod
     def of(cls, router: Router, cost: Mapping[str, float]) -> "CostAwareRouter":
-        """Logs which routes are never taken."""
+        """From costs by name; logs which routes are never taken.
+
+        Args:
+            router: whose decisions are taken.
+            cost: of each of `qtensor.ROUTES`.
+
+        Raises:
+            ArgumentError: if a route has no cost, or there is no such route.
+        """
         if set(cost) != set(ROUTES):
             raise ArgumentError(f"cost must name each of the routes {', '.join(ROUTES)}, found {', '.join(cost)}")
         made = cls(router=router, cost=tuple(cost[name] for name in ROUTES))

@@ -18,12 +18,36 @@ from sixbit_jax.precision.types import Observation, Progress
 
 @runtime_checkable
 class Skipper(Protocol):
+    """Decides which blocks reuse their last delta, for all blocks at once, at the beginning of a step.
+
+    Attributes:
+        never: whether it skips nothing at all: then there is no cache.
+        observes: whether it needs the change of the deltas measured.
+    """
+
     never: bool
     observes: bool
 
-    def init(self, blocks: int, groups: int) -> Any: ...
+    def init(self, blocks: int, groups: int) -> Any:
+        """The state before the first step.
 
-    def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]: ...
+        Args:
+            blocks: of the model.
+            groups: videos that are decided on together.
+        """
+
+    def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:
+        """One step's decisions.
+
+        Args:
+            state: from `init` or the last step.
+            observation: what the last step measured.
+            progress: where in the run the step is.
+
+        Returns:
+            Both bool [blocks, groups]: whether the block is skipped, and whether it is computed and its delta may be
+            reused by a later step; and the next state.
+        """
 
 
 @struct.dataclass(kw_only=True)

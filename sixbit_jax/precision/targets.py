@@ -222,7 +222,15 @@ def simulated_bits(policy: PrecisionPolicy, trace: Measured) -> jax.Array:
 
 
 def resampled(trace: Measured, steps: int) -> Measured:
-    """A recorded trace [prompts, steps, blocks, ...] as `simulated_bits` takes it, for a run of `steps`."""
+    """A recorded trace as `simulated_bits` takes it.
+
+    Args:
+        trace: [prompts, steps, blocks, ...], as `Calibration` has it.
+        steps: of the run to simulate; the trace is interpolated over its course.
+
+    Returns:
+        Float32 [steps, blocks, prompts, ...].
+    """
     recorded = trace.volatility.shape[1]
 
     def at(values: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -324,7 +332,12 @@ def misses(calibration: Calibration) -> Misses:
 
 
 def solve(config: QuantizationConfig, calibration: Calibration | None, steps: int) -> PrecisionPolicy:
-    """The policy whose thresholds meet a configuration's targets in runs of `steps`.
+    """The policy whose thresholds meet a configuration's targets.
+
+    Args:
+        config: with targets or thresholds.
+        calibration: of the model; not read if `config.needs_calibration` is false.
+        steps: of the runs.
 
     Raises:
         ArgumentError: if there is no calibration and one is needed, or a target cannot be met; then it says what can.

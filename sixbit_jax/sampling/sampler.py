@@ -96,6 +96,17 @@ def step(
 
     The transformer runs in its own dtype, its blocks under the policy if there is one; guidance, the scheduler and the
     latents are float32.
+
+    Args:
+        transformer: the denoiser.
+        state: from `prepare` or the last step.
+        inputs: one row of what `prepare` gives.
+        conditioning: text features and keys.
+        policy: the one that `state` was prepared for.
+        steps: of the whole run.
+
+    Returns:
+        The next state, and what this step did.
     """
     latents, text, timestep = forward_inputs(state, inputs, conditioning)
     precision, decided = state.precision, None
@@ -157,7 +168,19 @@ def prepare(
     conditioning: Conditioning,
     policy: PrecisionPolicy | None,
 ) -> tuple[SamplerState, StepInputs]:
-    """The carry before the first step, and the rows to scan over."""
+    """The carry before the first step, and the rows to scan over.
+
+    Args:
+        transformer: the denoiser.
+        schedule: from `schedulers.make_schedule`.
+        guidance_scale: one scale a step.
+        latents: starting noise, [batch, frames, channels, height, width].
+        conditioning: text features and keys.
+        policy: None runs the model as it is.
+
+    Raises:
+        ArgumentError: if the policy does not fit the model.
+    """
     precision = None
     if policy is not None:
         guided = conditioning.negative_prompt_embeds is not None
@@ -197,6 +220,9 @@ def sample(
 
     Returns:
         The denoised latents and the trace of every step.
+
+    Raises:
+        ArgumentError: if the policy does not fit the model; while it is traced.
     """
     model = transformer.merge()
 
@@ -233,7 +259,19 @@ def sample_python_loop(
     *,
     policy: PrecisionPolicy | None = None,
 ) -> tuple[Float32[Array, "batch frames channels height width"], Trace]:
-    """`sample` as a Python loop over the same step, for looking at states between steps and for testing the scan."""
+    """`sample` as a Python loop over the same step, for looking at states between steps and for testing the scan.
+
+    Args:
+        transformer: as in `sample`, like all that follow.
+        schedule: with one row a step.
+        guidance_scale: one scale a step.
+        latents: starting noise.
+        conditioning: text features and keys.
+        policy: None runs the model as it is.
+
+    Returns:
+        The denoised latents and the trace of every step.
+    """
     steps = len(schedule.timesteps)
     state, inputs = prepare(transformer.merge(), schedule, guidance_scale, latents, conditioning, policy)
     traces = []

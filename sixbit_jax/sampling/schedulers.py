@@ -28,12 +28,12 @@ class Schedule:
     """One row per sampling step, to be scanned over: every array has shape [T], or [] in a single row.
 
     Attributes:
-        stochastic: static; True for DPM, whose step draws noise and remembers the last x0.
         timesteps: int32, descending; what the model is told.
         x0_sample, x0_output, x0_scale: float32; x0 = (x0_sample * x + x0_output * o) * x0_scale.
         blend_new, blend_old: float32; the estimate stepped to is blend_new * x0 + blend_old * (x0 of the last step).
             1 and 0 where a step is first order: DDIM, and the first and last step of DPM.
         next_sample, next_x0, next_noise: float32; next x = next_sample * x + next_x0 * estimate + next_noise * noise.
+        stochastic: static; True for DPM, whose step draws noise and remembers the last x0.
     """
 
     timesteps: Int32[Array, "*steps"]
@@ -202,7 +202,12 @@ def guidance_schedule(
 
 
 def init_state(schedule: Schedule, latents: Float[Array, "*shape"]) -> SchedulerState:
-    """The state before the first step, for latents of this shape and dtype."""
+    """The state before the first step.
+
+    Args:
+        schedule: that will be stepped through.
+        latents: of the shape and dtype of all that follow.
+    """
     return SchedulerState(old_pred_original_sample=jnp.zeros_like(latents) if schedule.stochastic else None)
 
 
@@ -267,6 +272,13 @@ def add_noise(
 def get_velocity(
     alphas_cumprod: _Alphas, x0: Float[Array, "*shape"], noise: Float[Array, "*shape"], t: Int[Array, "*batch"]
 ) -> Float[Array, "*shape"]:
-    """The v-prediction target sqrt(a_t) noise - sqrt(1 - a_t) x0; arguments as `add_noise`."""
+    """The v-prediction target sqrt(a_t) noise - sqrt(1 - a_t) x0.
+
+    Args:
+        alphas_cumprod: as in `add_noise`, like all that follow.
+        x0: clean sample.
+        noise: standard normal, as `x0`.
+        t: training timesteps.
+    """
     signal, sigma = _signal_and_noise(alphas_cumprod, t, x0)
     return signal * noise - sigma * x0
