@@ -7,7 +7,7 @@ OUT ?= out
 # The oldest JAX that pyproject.toml allows; the newest is what .venv has.
 OLDEST_JAX = $(shell sed -n 's/^  "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slow test-gpu test-oldest notebooks lint format parity references clean
+.PHONY: demo test test-slow test-gpu test-oldest notebooks docs lint format parity references clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..."'
@@ -50,6 +50,11 @@ test-oldest: .venv-oldest/.installed
 # Each notebook from top to bottom; `.venv/bin/python notebooks/run.py --write` saves their outputs.
 notebooks: .venv/.installed
 	.venv/bin/python notebooks/run.py --jobs 2
+
+# README.md, docs/, the notebooks as they were committed, and the API, as one site.
+docs: .venv/.installed
+	.venv/bin/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir docs . $(OUT)/docs
+	cp $(OUT)/docs/README.html $(OUT)/docs/index.html
 
 .venv-parity/.installed: tests/parity/requirements.txt
 	$(PARITY_PYTHON) -m venv .venv-parity
