@@ -25,7 +25,7 @@ class Rule:
         source: regular expression that must match the whole published key. Text outside named groups must be literal
             (dots escaped), and every named group must be used in `target` or be `index`: this is what makes a rule
             invertible. Rules with an empty target are free of both conditions.
-        target: our dotted parameter path, expanded like `re.Match.expand` (`\\g<name>`). Empty: the key is known, and
+        target: our dotted parameter path, expanded as `re.Match.expand` does it. Empty: the key is known, and
             deliberately unused.
         layout: what happens to the axes: "same"; "linear" ([out, in] -> [in, out]);
             "conv" ([O, I, *k] -> [*k, I, O]); "patch" ([O, C, p, p] -> [C*p*p, O], or [O, I] -> [I, O]).

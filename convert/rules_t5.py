@@ -33,3 +33,4 @@ RULES: tuple[Rule, ...] = (
     Rule(source=r"decoder\.(block\..*|final_layer_norm\.weight)", target=""),
     Rule(source=r"lm_head\.weight", target=""),
 )
+"""Of `T5EncoderModel`, or the encoder half of a whole T5."""

@@ -44,6 +44,7 @@ RULES: tuple[Rule, ...] = (
     *_norm(r"norm_out\.norm", "norm_out.norm"),
     *_linear(r"proj_out", "proj_out"),
 )
+"""Of `CogVideoXTransformer3DModel`."""
 
 
 def published_shapes(config: TransformerConfig) -> dict[str, Shape]:

@@ -31,3 +31,4 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(source=_DECODER_NORM + r"\.conv_b\.conv\.bias", target=r"\g<norm>.modulation.bias", part=(1, 2)),
 )
+"""Of `AutoencoderKLCogVideoX`."""
