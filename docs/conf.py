@@ -18,6 +18,8 @@ include_patterns = ["*.md", "docs/**.md", "docs/**.rst", "benchmarks/**.md", "no
 exclude_patterns = [".*", "out", "build", "dist", "tests", "**/__pycache__"]
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+highlight_language = "none"
+smartquotes = False
 html_theme = "furo"
 html_title = project
 html_show_sourcelink = False
@@ -94,8 +96,10 @@ def add_contents(app, docname, source):
 
 
 def escape(app, what, name, obj, options, lines):
-    """Bars and stars outside of backticks are mathematics, not markup."""
-    lines[:] = [re.sub(r"(`[^`]*`)|([|*])", lambda m: m[1] or "\\" + m[2], line) for line in lines]
+    """Bars and stars outside of backticks and of blocks behind "::" are mathematics, not markup."""
+    text = "\n".join(lines)
+    verbatim = r"`[^`]*`|::\n(?:\n|    .*\n)+"
+    lines[:] = re.sub(rf"({verbatim})|([|*])", lambda m: m[1] or "\\" + m[2], text).split("\n")
 
 
 # What Python makes of an annotation or a default, and how it is written.
@@ -107,7 +111,9 @@ WRITTEN = (
 
 
 def signature(app, what, name, obj, options, arguments, returns):
-    """The metaclass of NNX modules hides what their constructors take."""
+    """The metaclass of NNX modules hides what their constructors take; a protocol has none."""
+    if getattr(obj, "_is_protocol", False) and inspect.isclass(obj):
+        return "", None
     if inspect.isclass(obj) and issubclass(obj, nnx.Module):
         _, *parameters = inspect.signature(obj.__init__).parameters.values()
         arguments = stringify_signature(inspect.Signature(parameters), unqualified_typehints=True)
