@@ -31,7 +31,7 @@ from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
 from sixbit_jax.precision import ConstantRouter, PrecisionPolicy
-from sixbit_jax.precision.accounting import summary
+from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.qtensor import quantize_model
 
 CONFIGS = {
@@ -154,7 +154,7 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
     compiled, leaves = sampling_program(transformer, policy, steps)
     spent, (_, trace) = profile(compiled, leaves)
     paths = scopes(compiled)
-    skipped = 0.0 if policy is None else summary(jax.device_get(trace.precision), config).skip_share
+    skipped = 0.0 if policy is None else summary(trace.precision.bits, site_weights(config)).skip_share
     total: dict[str, float] = collections.defaultdict(float)
     for operation, ms in sorted(spent.items(), key=lambda item: -item[1]):
         part = part_of(paths.get(operation, "while/while"))

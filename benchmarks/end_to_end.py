@@ -29,7 +29,7 @@ from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.precision import ConstantRouter, NeverSkip, PrecisionPolicy
-from sixbit_jax.precision.accounting import summary
+from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.precision.types import Observation, Progress
 from sixbit_jax.qtensor import quantize_model
 from sixbit_jax.sampling import sampler, schedulers
@@ -132,7 +132,7 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     skip_share, mean_bits = 0.0, 16.0
     if policy is not None:
-        counted = summary(jax.device_get(trace.precision), transformer.merge().config)
+        counted = summary(trace.precision.bits, site_weights(transformer.merge().config))
         skip_share, mean_bits = counted.skip_share, counted.mean_bits
     return Row(
         model=model,

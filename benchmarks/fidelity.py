@@ -388,7 +388,7 @@ class Study:
         if trace is not None:
             host = jax.device_get(trace)
             bits = np.moveaxis(np.asarray(host.bits)[:, :, :, 0], 0, 2)
-            spent = accounting.summary(_only_bits(bits), self.config)
+            spent = accounting.summary(bits, accounting.site_weights(self.config))
             row |= {
                 "mean_bits": spent.mean_bits,
                 "mean_bits_computed": spent.mean_bits_computed,
@@ -442,7 +442,7 @@ class Study:
         """What each policy spends on the calibration's trace."""
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *policies)
         bits = jax.vmap(lambda policy: simulated_bits(policy, self.trace))(stacked)
-        return [accounting.summary(_only_bits(b), self.config) for b in np.asarray(bits)]
+        return [accounting.summary(b, accounting.site_weights(self.config)) for b in np.asarray(bits)]
 
     def allocation(self, bits: float, *, by_step: bool) -> np.ndarray:
         """Routes [1 or steps, blocks, sites] of that mean width which cost the least error: INT8 where it saves most.
@@ -469,14 +469,6 @@ class Study:
         table[:start] = INT8
         table[steps - (eight - start) :] = INT8
         return table
-
-
-def _only_bits(bits: np.ndarray) -> PrecisionTrace:
-    """A trace with nothing but its bits."""
-    nothing = np.zeros((0,), np.float32)
-    return PrecisionTrace(
-        bits=bits, volatility=nothing, delta_change=nothing, predicted=nothing, outlier=nothing, age=nothing
-    )
 
 
 def _line(row: Mapping[str, Any]) -> str:

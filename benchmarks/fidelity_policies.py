@@ -70,7 +70,7 @@ class StudyRouter:
     choices = ROUTES
     observes = True
 
-    def init(self, blocks: int, groups: int) -> Any:
+    def init(self, blocks: int, groups: int, sites: int) -> Any:
         return jnp.full((blocks, groups), jnp.nan, jnp.float32), self.skipper.init(blocks, groups)
 
     def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:

@@ -18,7 +18,7 @@ from sixbit_jax import metrics
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.pipeline import Pipeline, video_keys
 from sixbit_jax.precision import PrecisionPolicy, measuring
-from sixbit_jax.precision.accounting import summary
+from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.precision.calibration import Calibration, Fingerprint, OperatingPoints, fit
 from sixbit_jax.precision.measuring import LOW_BIT, Measured
 from sixbit_jax.precision.targets import (
@@ -132,7 +132,7 @@ def calibrate(
         found = []
         for index, reference in enumerate(references):
             latents, ran = jax.device_get(sampler.sample(pipe.transformer, *run_inputs(index), policy=policy))
-            spent = summary(ran.precision, made.transformer_config)
+            spent = summary(ran.precision.bits, site_weights(made.transformer_config))
             found.append((spent.mean_bits, spent.skip_share, psnr(seen(latents), reference)))
             report("ran")
         return tuple(np.mean(found, axis=0))

@@ -522,7 +522,7 @@ class Pipeline:
         timings["compilation"] = _compilation_clock.seconds_since(start)
         summary = None
         if trace.precision is not None:
-            summary = accounting.summary(trace.precision, self.transformer.merge().config)
+            summary = accounting.summary(trace.precision.bits, accounting.site_weights(self.transformer.merge().config))
         return PipelineOutput(frames=frames, latents=np.asarray(latents), trace=trace, timings=timings, summary=summary)
 
     def sampler_inputs(

@@ -1,12 +1,15 @@
 """A picture of what the precision policy did: routes of every step, block and site, and the volatility behind them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
@@ -17,17 +20,19 @@ COLOURS = {"skipped": "#ffffff", "nvfp4": "#8fd3c1", "int8": "#3b7fb8", "16bit":
 """Of each route; skipped blocks stay blank."""
 
 
-def save_trace(trace: PrecisionTrace, path: str | Path, *, title: str = "", video: int = 0) -> None:
-    """Writes a PNG: above, steps by blocks (four rows a block, its sites) by route; below, volatility over steps.
+def save_trace(
+    trace: PrecisionTrace, path: str | Path, *, sites: Sequence[str] = SITES, title: str = "", video: int = 0
+) -> None:
+    """Writes one group of a trace as a PNG of what `draw` draws.
 
     Args:
-        trace: of a whole run, fetched from the device, leading axis [steps].
+        trace: of a whole run, leading axis [steps].
         path: the file; its folder must exist.
-        title: written on top.
+        sites, title: as in `draw`.
         video: which group of the trace is drawn.
 
     Raises:
-        ArgumentError: if the trace is not of a whole run, or has no such video.
+        ArgumentError: if the trace is not of a whole run of a model with those sites, or has no such video.
     """
     bits, volatility = np.asarray(trace.bits), np.asarray(trace.volatility)
     if bits.ndim != 4 or volatility.shape != bits.shape[:3]:
@@ -37,10 +42,39 @@ def save_trace(trace: PrecisionTrace, path: str | Path, *, title: str = "", vide
         )
     if not 0 <= video < bits.shape[2]:
         raise ArgumentError(f"video={video} is not one of the {bits.shape[2]} groups of the trace")
-    bits, volatility = bits[:, :, video], volatility[:, :, video]
-    steps, blocks, sites = bits.shape
+    draw(bits[:, :, video], volatility[:, :, video], sites=sites, title=title).savefig(path, dpi=120)
+
+
+def draw(
+    bits: np.ndarray | jax.Array,
+    volatility: np.ndarray | jax.Array | None = None,
+    *,
+    sites: Sequence[str] = SITES,
+    title: str = "",
+) -> Figure:
+    """Above, steps by blocks (a row for each site of a block) by route; below, volatility over steps.
+
+    Args:
+        bits: [steps, blocks, sites], activation bits of the route taken, 0 for a skipped block.
+        volatility: [steps, blocks], NaN where it is not known; None leaves its picture out.
+        sites: names of the linears of a block.
+        title: written on top.
+
+    Returns:
+        A figure that no window shows; notebooks display it.
+
+    Raises:
+        ArgumentError: if the arrays are not of one run of a model with those sites.
+    """
+    bits = np.asarray(bits)
+    if bits.ndim != 3 or bits.shape[2] != len(sites) or not bits.size:
+        raise ArgumentError(f"bits must be [steps, blocks, {len(sites)} sites], found {list(bits.shape)}")
+    steps, blocks, _ = bits.shape
+    volatility = np.full((steps, blocks), np.nan) if volatility is None else np.asarray(volatility)
+    if volatility.shape != (steps, blocks):
+        raise ArgumentError(f"volatility must be [{steps} steps, {blocks} blocks], found {list(volatility.shape)}")
     measured = np.isfinite(volatility).any()
-    heights = [max(2.2, 0.06 * blocks * sites), 2.4][: 1 + measured]
+    heights = [max(2.2, 0.06 * blocks * len(sites)), 2.4][: 1 + measured]
     figure = Figure(figsize=(min(14.0, 4 + 0.14 * steps), sum(heights) + 1), layout="constrained")
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
@@ -57,12 +91,13 @@ def save_trace(trace: PrecisionTrace, path: str | Path, *, title: str = "", vide
     for edge in range(1, blocks):
         axes[0].axhline(edge - 0.5, color="0.6", linewidth=0.4)
     axes[0].set(ylabel="block", title=title)
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(
         handles=[Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in COLOURS.items()],
         loc="upper left",
         bbox_to_anchor=(1.0, 1.0),
         fontsize=8,
-        title="rows of a block:\n" + "\n".join(SITES),
+        title="rows of a block:\n" + "\n".join(sites),
         title_fontsize=8,
     )
     if measured:
@@ -79,4 +114,4 @@ def save_trace(trace: PrecisionTrace, path: str | Path, *, title: str = "", vide
         axes[1].grid(alpha=0.3)
         axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    return figure

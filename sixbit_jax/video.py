@@ -1,10 +1,14 @@
-"""Writing results: frames to an mp4 file, and any file so that it appears only when it is complete."""
+"""Showing and writing results: frames as an mp4 or in a notebook, and any file so that it appears when complete."""
 
+import base64
 import contextlib
+import dataclasses
 import fcntl
+import html
+import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -85,10 +89,62 @@ def write_mp4(path: str | Path, frames: UInt8[np.ndarray, "frames height width 3
     Raises:
         ArgumentError: if there are no frames, or their size is odd.
     """
+    _check_encodable(frames)
+    with replacing(path) as partial, partial.open("wb") as file:
+        _encode(file, frames, fps)
+
+
+@dataclasses.dataclass(frozen=True)
+class InlineVideo:
+    """A video as HTML, which notebooks display as the last value of a cell.
+
+    Attributes:
+        html: with the mp4 in it.
+    """
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def inline_video(
+    clips: Mapping[str, UInt8[np.ndarray, "frames height width 3"]], *, fps: int = 8, width: int = 780
+) -> InlineVideo:
+    """Clips side by side, as one video for a notebook: they cannot drift apart.
+
+    Args:
+        clips: what is written above each -> its frames, all of one even size and number. "" writes nothing.
+        fps: frames per second.
+        width: of all of it, in pixels of the page; smaller where the page is.
+
+    Raises:
+        ArgumentError: if there are no clips, they differ in shape, have no frames, or their size is odd.
+    """
+    if len({frames.shape for frames in clips.values()}) != 1:
+        shapes = ", ".join(f"{label!r} {list(frames.shape)}" for label, frames in clips.items())
+        raise ArgumentError(f"clips side by side must be at least one, and all of one shape; found {shapes or 'none'}")
+    frames = np.concatenate(list(clips.values()), axis=2)
+    _check_encodable(frames)
+    _encode(file := io.BytesIO(), frames, fps)
+    labels = "".join(f'<span style="flex:1 1 0">{html.escape(label)}</span>' for label in clips)
+    content = base64.b64encode(file.getvalue()).decode()
+    return InlineVideo(
+        f'<div style="width:{width}px;max-width:100%"><div style="display:flex">{labels}</div>'
+        '<video controls loop autoplay muted playsinline style="width:100%;image-rendering:pixelated"'
+        f' src="data:video/mp4;base64,{content}"></video></div>'
+    )
+
+
+def _check_encodable(frames: UInt8[np.ndarray, "frames height width 3"]) -> None:
     _, height, width, _ = frames.shape
     if height % 2 or width % 2 or not frames.size:
         raise ArgumentError(f"an mp4 needs at least one frame of even height and width, not {list(frames.shape)}")
-    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+
+
+def _encode(file: io.IOBase, frames: UInt8[np.ndarray, "frames height width 3"], fps: int) -> None:
+    _, height, width, _ = frames.shape
+    with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:

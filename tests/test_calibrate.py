@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
@@ -70,10 +71,10 @@ def test_the_measured_run_is_the_16_bit_route(pipe, made):
 
 def test_errors_are_those_of_the_products(pipe):
     layer = jax.tree.map(lambda leaf: leaf[0], pipe.transformer.params)["blocks"]["ff_out"]
-    block_graph, params = measuring.nnx.split(pipe.transformer.merge().blocks)
-    block = measuring.nnx.merge(block_graph, jax.tree.map(lambda leaf: leaf[0], params))
+    block_graph, params = nnx.split(pipe.transformer.merge().blocks)
+    block = nnx.merge(block_graph, jax.tree.map(lambda leaf: leaf[0], params))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, block.ff_out.weight.shape[-1])), jnp.float32)
-    linears = measuring.MeasuringLinears()
+    linears = measuring.MeasuringLinears(SITES)
     linears._measure("ff_out", block.ff_out, x)
     bias = layer["bias"][...]
     exact, *found = (np.asarray(block.ff_out(x, route=route) - bias) for route in ("16bit", *LOW_BIT))

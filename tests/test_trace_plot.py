@@ -56,8 +56,24 @@ def test_a_volatility_of_zero_is_drawn(tmp_path):
     assert (tmp_path / "zero.png").exists()
 
 
+def test_any_number_of_sites_is_drawn():
+    """Three rows a block, in the order of the sites; without volatility there is one picture."""
+    bits = np.broadcast_to(np.asarray([4, 8, 16], np.uint8), (STEPS, BLOCKS, 3))
+    figure = trace_plot.draw(bits, sites=("qkv", "out", "mix"))
+    (axis,) = figure.axes
+    np.testing.assert_array_equal(axis.images[0].get_array()[:, 0], np.tile([4, 8, 16], BLOCKS))
+    assert axis.get_legend().get_title().get_text().split("\n")[1:] == ["qkv", "out", "mix"]
+    assert len(trace_plot.draw(bits, np.ones((STEPS, BLOCKS)), sites=("qkv", "out", "mix")).axes) == 2
+    with pytest.raises(ArgumentError, match="4 sites"):
+        trace_plot.draw(bits)
+    with pytest.raises(ArgumentError, match=f"{STEPS} steps"):
+        trace_plot.draw(bits, np.ones((STEPS, 1)), sites=("qkv", "out", "mix"))
+
+
 def test_wrong_traces_are_refused(tmp_path):
     trace = traced(4, 0.1)
+    with pytest.raises(ArgumentError, match="3 sites"):
+        trace_plot.save_trace(trace, tmp_path / "x.png", sites=("a", "b", "c"))
     with pytest.raises(ArgumentError, match="video=2"):
         trace_plot.save_trace(trace, tmp_path / "x.png", video=2)
     with pytest.raises(ArgumentError, match="steps, blocks, groups"):

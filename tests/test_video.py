@@ -1,7 +1,9 @@
 """Files that appear only when they are complete, and frames that survive the codec."""
 
+import base64
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +44,24 @@ def test_frames_come_back(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec.name, stream.average_rate, stream.pix_fmt) == ("h264", 12, "yuv420p")
+
+
+def test_clips_in_a_notebook_are_one_video_with_labels(tmp_path):
+    left = moving_square()
+    shown = video.inline_video({"<left>": left, "right": left[:, ::-1]}, fps=12, width=300)._repr_html_()
+    assert re.findall(r"<span[^>]*>(.*?)</span>", shown) == ["&lt;left&gt;", "right"]
+    assert "width:300px" in shown
+    (tmp_path / "a.mp4").write_bytes(base64.b64decode(re.search(r"data:video/mp4;base64,([^\"]+)", shown)[1]))
+    found = decoded(tmp_path / "a.mp4")
+    assert psnr(found, np.concatenate([left, left[:, ::-1]], axis=2)) > 30
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12
+
+
+@pytest.mark.parametrize("clips", [{}, {"a": (2, 4, 4), "b": (3, 4, 4)}, {"a": (2, 3, 4)}, {"a": (0, 4, 4)}])
+def test_clips_that_make_no_video_are_refused(clips):
+    with pytest.raises(ArgumentError, match="one"):
+        video.inline_video({label: np.zeros((*shape, 3), np.uint8) for label, shape in clips.items()})
 
 
 def test_a_file_that_exists_is_replaced(tmp_path):

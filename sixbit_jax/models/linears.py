@@ -1,8 +1,8 @@
-"""How the four linears of a transformer block are computed: the seam between a model and its quantisation.
+"""How the linears of a transformer block are computed: the seam between a model and its quantisation.
 
-A block names each linear's site and hands over what surrounds it, so that an implementation may fuse it: the adaptive
-layer norm in front (`normed`), or the gate and the residual behind (`gated`). Here is the plain implementation, in the
-model's own dtype; `sixbit_jax.precision.linears` has the quantised ones.
+A block names each linear's site and asks for its product, or hands over what surrounds it, so that an implementation
+may fuse it: the adaptive layer norm in front (`normed`), or the gate and the residual behind (`gated`). Here is the
+plain implementation, in the model's own dtype; `sixbit_jax.precision.linears` has the quantised ones.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from sixbit_jax.models.layers import LayerNorm
 
 SITES = ("attn_in", "attn_out", "ff_in", "ff_out")
-"""The linears of a block in the order they run. `attn_in` is query, key and value in one product."""
+"""The linears of a CogVideoX block in the order they run. `attn_in` is query, key and value in one product."""
 
 
 @struct.dataclass(kw_only=True)
@@ -36,6 +36,9 @@ class Modulation:
 @runtime_checkable
 class Linears(Protocol):
     """Computes a block's linears."""
+
+    def __call__(self, site: str, linear: Any, x: jax.Array) -> jax.Array:
+        """linear(x)."""
 
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
@@ -83,6 +86,10 @@ def modulated(norm: LayerNorm, x: Float[Array, "batch tokens dim"], modulation: 
 
 class PlainLinears:
     """Every linear as an ordinary product in the model's dtype."""
+
+    def __call__(self, site: str, linear: Any, x: jax.Array) -> jax.Array:
+        with jax.named_scope(site):
+            return linear(x)
 
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False

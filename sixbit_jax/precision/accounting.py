@@ -1,14 +1,14 @@
 """Counts the bits that a run spent, from its trace: the mean activation width, weighted by multiply-adds (5)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
-from sixbit_jax.precision.blocks import PrecisionTrace
 
 ROUTE_BITS = {"skipped": 0, "nvfp4": 4, "int8": 8, "16bit": 16}
 """Activation bits of each route as the trace records them; a block that is skipped takes none."""
@@ -36,32 +36,35 @@ class Summary:
 
 
 def site_weights(config: TransformerConfig) -> dict[str, float]:
-    """Site -> its share of the multiply-adds of a block's linears; 3 : 1 : 4 : 4 of 12 in CogVideoX, at any width."""
+    """Site -> its share of the multiply-adds of a CogVideoX block's linears; 3 : 1 : 4 : 4 of 12, at any width."""
     width = config.inner_dim
     products = {"attn_in": 3 * width, "attn_out": width, "ff_in": 4 * width, "ff_out": 4 * width}
     total = sum(products.values())
     return {site: products[site] / total for site in SITES}
 
 
-def summary(trace: PrecisionTrace, config: TransformerConfig) -> Summary:
-    """Counts a trace.
+def summary(bits: np.ndarray | jax.Array, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> Summary:
+    """Counts the bits of a trace.
 
     Args:
-        trace: of a whole run, fetched from the device; `bits` is [steps, blocks, groups, sites].
-        config: of the model that ran.
+        bits: uint8 [steps, blocks, groups, sites], of a whole run.
+        weights: multiply-adds of each site, in the trace's order and any unit; `site_weights` has CogVideoX's.
 
     Raises:
-        ArgumentError: if the trace is not of a run of that model, or holds a width that no route has.
+        ArgumentError: if the trace is not of a run of that many sites, a weight is negative or all are zero, or there
+            is a width that no route has.
     """
-    bits = np.asarray(trace.bits)
-    if bits.ndim != 4 or bits.shape[1] != config.num_layers or bits.shape[3] != len(SITES) or not bits.size:
+    bits = np.asarray(bits)
+    weights = np.asarray(list(weights.values()) if isinstance(weights, Mapping) else weights, np.float64)
+    if weights.ndim != 1 or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ArgumentError(f"weights must be one number a site, none negative and not all 0, found {weights.tolist()}")
+    if bits.ndim != 4 or bits.shape[3] != len(weights) or not bits.size:
         raise ArgumentError(
-            f"bits of a trace of this model must be [steps, {config.num_layers} blocks, groups, {len(SITES)} sites],"
-            f" found {list(bits.shape)}"
+            f"bits of a run's trace must be [steps, blocks, groups, {len(weights)} sites], found {list(bits.shape)}"
         )
     if unknown := set(np.unique(bits).tolist()) - set(ROUTE_BITS.values()):
         raise ArgumentError(f"a trace holds widths of {sorted(unknown)} bits, which no route has")
-    weights = np.asarray(list(site_weights(config).values()))
+    weights = weights / weights.sum()
     videos = [_count(bits[:, :, group], weights) for group in range(bits.shape[2])]
     return dataclasses.replace(_count(bits.swapaxes(1, 2), weights), videos=tuple(videos))
 

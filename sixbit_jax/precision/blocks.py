@@ -1,5 +1,7 @@
 """The scan over blocks under a policy: decide, skip or compute each block, measure, and remember for the next step."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +13,15 @@ from jaxtyping import Array, Float
 from pallas_kernels.delta_cache import apply_delta, store_delta
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.cogvideox import BlockContext, CogVideoXTransformer3DModel
-from sixbit_jax.models.linears import SITES
+from sixbit_jax.models.linears import SITES, Linears
 from sixbit_jax.precision import delta_cache
-from sixbit_jax.precision.linears import RoutedLinears, stacked
+from sixbit_jax.precision.linears import RoutedLinears
 from sixbit_jax.precision.routers import ConstantRouter
 from sixbit_jax.precision.skippers import NeverSkip
 from sixbit_jax.precision.types import Observation, Progress, nothing_observed
-from sixbit_jax.qtensor import QuantLinear
+
+Block = Callable[[Any, jax.Array, Any, Linears], jax.Array]
+"""(its parameters, the stream [samples, tokens, dim], what it reads beside it, its linears) -> the stream after it."""
 
 
 @struct.dataclass(kw_only=True)
@@ -91,34 +95,37 @@ class PrecisionTrace:
     age: jax.Array | np.ndarray
 
 
-def init_state(
-    policy: PrecisionPolicy, model: CogVideoXTransformer3DModel, latents_shape: tuple[int, ...], text: int, guided: bool
+def init_scan(
+    policy: PrecisionPolicy,
+    *,
+    blocks: int,
+    sites: Sequence[str],
+    shape: tuple[int, int, int],
+    dtype: Any,
+    videos: int | None = None,
 ) -> PrecisionState:
-    """The state before the first step.
+    """The state of `scan_blocks` before the first step.
 
     Args:
         policy: whose state it is.
-        model: the transformer.
-        latents_shape: [videos, frames, channels, height, width].
-        text: number of text tokens.
-        guided: whether each video is two samples of a forward pass.
+        blocks: how many the model has.
+        sites: names of the linears of a block.
+        shape: of the stream between blocks, [samples, tokens, dim].
+        dtype: of the stream; what a cache in "16bit" keeps.
+        videos: how many the samples are of, each with as many (2 under guidance); None for one sample each.
 
     Raises:
-        ArgumentError: if the policy does not fit the model.
+        ArgumentError: if the policy was made for other blocks or sites, or `videos` does not divide the samples.
     """
-    blocks, groups = model.config.num_layers, policy.groups(latents_shape[0])
-    quantized = isinstance(model.blocks.attn_in, QuantLinear)
-    if not quantized and policy.router.choices != ("16bit",):
-        raise ArgumentError("this policy routes to low bits, and the model's linears are not quantised: quantize_model")
+    videos = shape[0] if videos is None else videos
+    if videos < 1 or shape[0] % videos:
+        raise ArgumentError(f"{shape[0]} samples cannot be of {videos} videos with as many each")
+    groups = policy.groups(videos)
     cache = None
     if not policy.skipper.never:
-        tokens = text + _product(model.token_grid(latents_shape))
-        rows = latents_shape[0] * (2 if guided else 1) // groups
-        cache = delta_cache.init(
-            policy.cache_format, blocks, groups, (rows, tokens, model.config.inner_dim), model.dtype
-        )
+        cache = delta_cache.init(policy.cache_format, blocks, groups, (shape[0] // groups, *shape[1:]), dtype)
     return PrecisionState(
-        router=policy.router.init(blocks, groups),
+        router=policy.router.init(blocks, groups, len(sites)),
         skipper=policy.skipper.init(blocks, groups),
         observation=nothing_observed(blocks, groups),
         cache=cache,
@@ -126,67 +133,84 @@ def init_state(
     )
 
 
-def run_blocks(
-    model: CogVideoXTransformer3DModel,
+def scan_blocks(
+    block: Block,
+    params: Any,
     x: Float[Array, "samples tokens dim"],
-    context: BlockContext,
+    context: Any,
     policy: PrecisionPolicy,
     state: PrecisionState,
     progress: Progress,
+    *,
+    sites: Sequence[str],
 ) -> tuple[Float[Array, "samples tokens dim"], PrecisionState, PrecisionTrace]:
-    """All blocks of one forward pass: decides, computes or skips each, and measures.
+    """All blocks of one forward pass of any model, under a policy.
 
     Args:
-        model: the transformer.
-        x: the residual stream, text rows first; samples are [guidance branches x videos].
-        context: from `embed`, with `x`.
-        policy: how bits are spent.
-        state: from `init_state` or the last step.
-        progress: where in the run the step is.
+        block: computes one; it runs each of its linears by `linears(site, layer, x)`, or in a fused form of
+            `models.linears.Linears`. What does not differ from sample to sample it may close over.
+        params: of all blocks, a pytree of leaves [blocks, ...].
+        x: the stream in front of the first; samples are ordered [guidance branches, videos].
+        context: what blocks read beside the stream, a pytree of leaves [samples, ...]; split with the stream where
+            videos are decided on each alone.
+        policy: decides.
+        state: from `init_scan`, or the step before.
+        progress: where in the run this is.
+        sites: names of the linears of a block, as `init_scan` had them.
 
     Returns:
-        The stream behind the last block, the next state, and what was decided and measured.
+        The stream behind the last block, the state for the next step, and what was decided and measured.
+
+    Raises:
+        ArgumentError: if a block runs no linear at one of its sites, two, or one elsewhere; or if the policy routes to
+            low bits and none of them is quantised.
     """
+    sites = tuple(sites)
     routes, predicted, router_state = policy.router.decide(state.router, state.observation, progress)
     skip, refresh, skipper_state = policy.skipper.decide(state.skipper, state.observation, progress)
     blocks, groups = skip.shape
-    graph, params = nnx.split(model.blocks)
     first = progress.step == 0
 
     def run_group(
-        params: nnx.State, x: jax.Array, temb: jax.Array, cache: Any, plan: tuple, block: jax.Array, group: jax.Array
+        params: Any, x: jax.Array, context: Any, cache: Any, plan: tuple, index: jax.Array, group: jax.Array
     ) -> tuple[jax.Array, Any, tuple]:
         routes, skip, refresh = plan
 
         def compute(x: jax.Array, cache: Any) -> tuple[jax.Array, Any, tuple]:
             purify = refresh if cache is not None and policy.outlier_limit is not None else None
             linears = RoutedLinears(
+                sites,
                 policy.router.choices,
                 routes,
                 purify,
                 outlier_limit=policy.outlier_limit or 0.0,
                 carrier=policy.carrier,
             )
-            y = nnx.merge(graph, params)(x, context.replace(temb=temb), linears)
+            y = block(params, x, context, linears)
+            if policy.router.choices != ("16bit",) and not linears.any_quantized:
+                raise ArgumentError(
+                    "this policy routes to low bits, and the model's linears are not quantised: quantize_model"
+                )
+            bits, outlier = linears.taken()
             volatility = change = jnp.asarray(jnp.nan, jnp.float32)
             with jax.named_scope("cache"):
                 if cache is not None:
-                    stored = delta_cache.entry(cache, block, group)
+                    stored = delta_cache.entry(cache, index, group)
                     stored, sums = store_delta(x, y, stored, compare=policy.skipper.observes)
-                    cache = delta_cache.replace(cache, block, group, stored)
+                    cache = delta_cache.replace(cache, index, group, stored)
                     volatility = sums.delta.sum() / sums.before.sum()
                     if policy.skipper.observes:
                         change = jnp.where(first, jnp.inf, sums.change.sum() / sums.stored.sum())
                 elif policy.observes:
                     volatility = _norm(y - x) / _norm(x)
-            return y, cache, (volatility, change, stacked(linears.bits), stacked(linears.outlier))
+            return y, cache, (volatility, change, bits, outlier)
 
         def reuse(x: jax.Array, cache: Any) -> tuple[jax.Array, Any, tuple]:
             with jax.named_scope("reuse"):
-                y = apply_delta(x, delta_cache.entry(cache, block, group))
+                y = apply_delta(x, delta_cache.entry(cache, index, group))
             unknown = jnp.asarray(jnp.nan, jnp.float32)
-            sites = jnp.full((len(SITES),), jnp.nan, jnp.float32)
-            return y, cache, (unknown, unknown, jnp.zeros(sites.shape, jnp.int32), sites)
+            outlier = jnp.full((len(sites),), jnp.nan, jnp.float32)
+            return y, cache, (unknown, unknown, jnp.zeros(outlier.shape, jnp.int32), outlier)
 
         if policy.skipper.never:
             return compute(x, cache)
@@ -194,19 +218,19 @@ def run_blocks(
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         x, cache = carry
-        params, plan, block = inputs
+        params, plan, index = inputs
         if groups == 1:
             plan = jax.tree.map(lambda v: v[0], plan)
-            x, cache, measured = run_group(params, x, context.temb, cache, plan, block, jnp.asarray(0, jnp.int32))
+            x, cache, measured = run_group(params, x, context, cache, plan, index, jnp.asarray(0, jnp.int32))
             return (x, cache), jax.tree.map(lambda v: v[None], measured)
 
         def one(cache: Any, inputs: tuple) -> tuple[Any, tuple]:
-            x, temb, plan, group = inputs
-            x, cache, measured = run_group(params, x, temb, cache, plan, block, group)
+            (x, context), plan, group = inputs
+            x, cache, measured = run_group(params, x, context, cache, plan, index, group)
             return cache, (x, measured)
 
-        split = (_by_group(x, groups), _by_group(context.temb, groups), plan, jnp.arange(groups, dtype=jnp.int32))
-        cache, (x, measured) = jax.lax.scan(one, cache, split)
+        split = jax.tree.map(lambda leaf: _by_group(leaf, groups), (x, context))
+        cache, (x, measured) = jax.lax.scan(one, cache, (split, plan, jnp.arange(groups, dtype=jnp.int32)))
         return (_by_sample(x), cache), measured
 
     (x, cache), (volatility, change, bits, outlier) = jax.lax.scan(
@@ -226,6 +250,61 @@ def run_blocks(
     return x, state, trace
 
 
+def init_state(
+    policy: PrecisionPolicy, model: CogVideoXTransformer3DModel, latents_shape: tuple[int, ...], text: int, guided: bool
+) -> PrecisionState:
+    """`init_scan` for a CogVideoX transformer.
+
+    Args:
+        policy: whose state it is.
+        model: the transformer.
+        latents_shape: [videos, frames, channels, height, width].
+        text: number of text tokens.
+        guided: whether each video is two samples of a forward pass.
+
+    Raises:
+        ArgumentError: if the policy does not fit the model.
+    """
+    videos, tokens = latents_shape[0], text + math.prod(model.token_grid(latents_shape))
+    shape = (videos * (2 if guided else 1), tokens, model.config.inner_dim)
+    return init_scan(policy, blocks=model.config.num_layers, sites=SITES, shape=shape, dtype=model.dtype, videos=videos)
+
+
+def run_blocks(
+    model: CogVideoXTransformer3DModel,
+    x: Float[Array, "samples tokens dim"],
+    context: BlockContext,
+    policy: PrecisionPolicy,
+    state: PrecisionState,
+    progress: Progress,
+) -> tuple[Float[Array, "samples tokens dim"], PrecisionState, PrecisionTrace]:
+    """`scan_blocks` for a CogVideoX transformer.
+
+    Args:
+        model: the transformer.
+        x: the residual stream, text rows first; samples are [guidance branches x videos].
+        context: from `embed`, with `x`.
+        policy: how bits are spent.
+        state: from `init_state` or the last step.
+        progress: where in the run the step is.
+
+    Returns:
+        As `scan_blocks`.
+    """
+    block, params = blocks_of(model, context)
+    return scan_blocks(block, params, x, context.temb, policy, state, progress, sites=SITES)
+
+
+def blocks_of(model: CogVideoXTransformer3DModel, context: BlockContext) -> tuple[Block, nnx.State]:
+    """A CogVideoX transformer's block, which reads `temb` beside the stream, and the parameters of all of them."""
+    graph, params = nnx.split(model.blocks)
+
+    def block(params: nnx.State, x: jax.Array, temb: jax.Array, linears: Linears) -> jax.Array:
+        return nnx.merge(graph, params)(x, context.replace(temb=temb), linears)
+
+    return block, params
+
+
 def _norm(x: jax.Array) -> jax.Array:
     return jnp.abs(x.astype(jnp.float32)).sum()
 
@@ -237,8 +316,3 @@ def _by_group(x: Float[Array, "samples ..."], groups: int) -> Float[Array, "grou
 
 def _by_sample(x: Float[Array, "groups branches ..."]) -> Float[Array, "samples ..."]:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def _product(grid: tuple[int, int, int]) -> int:
-    frames, height, width = grid
-    return frames * height * width

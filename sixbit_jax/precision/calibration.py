@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -283,7 +284,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return about, arrays
 
 
-def fit(volatility: np.ndarray, error: np.ndarray) -> dict[str, np.ndarray]:
+def fit(volatility: np.ndarray | jax.Array, error: np.ndarray | jax.Array) -> dict[str, np.ndarray]:
     """Least squares of the NVFP4 error at a step on the volatility one step before.
 
     Args:

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.adaln_quantize import adaln_quantize
 from pallas_kernels.rotate_quantize import RowStatistics, rotate_quantize
+from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.layers import LayerNorm
-from sixbit_jax.models.linears import SITES, Modulation, PlainLinears, modulated
+from sixbit_jax.models.linears import Modulation, PlainLinears, modulated
 from sixbit_jax.qtensor import ROUTES, QuantLinear
 
 BITS = (4, 8, 16)
@@ -23,10 +23,11 @@ _plain = PlainLinears()
 class RoutedLinears:
     """The linears of one block for one group; a `models.linears.Linears`.
 
-    Ordinary layers of flax are computed as they are. After the block has run, `bits` and `outlier` hold what was taken
-    and measured, by site.
+    A layer that is no `QuantLinear` is computed as it is, and counts as 16 bit. After the block has run, `taken` has
+    what was taken and measured, and `any_quantized` tells whether there was anything to route.
 
     Args:
+        sites: of the block, in the order of `routes`.
         choices: the routes that any site may take.
         routes: int32 [sites], indices into `qtensor.ROUTES`, of `choices` alone; not read if there is one choice.
         purify: bool []; whether sites with outliers run in 16 bit. None if none ever does.
@@ -36,6 +37,7 @@ class RoutedLinears:
 
     def __init__(
         self,
+        sites: tuple[str, ...],
         choices: tuple[str, ...],
         routes: Int32[Array, " sites"],
         purify: Bool[Array, ""] | None,
@@ -43,16 +45,21 @@ class RoutedLinears:
         outlier_limit: float,
         carrier: str,
     ):
-        self._choices, self._routes, self._purify = choices, routes, purify
+        self._sites, self._choices, self._routes, self._purify = sites, choices, routes, purify
         self._outlier_limit, self._carrier = outlier_limit, carrier
-        self.bits: dict[str, jax.Array] = {}
-        self.outlier: dict[str, jax.Array] = {}
+        self._bits: dict[str, jax.Array] = {}
+        self._outlier: dict[str, jax.Array] = {}
+        self.any_quantized = False
+
+    def __call__(self, site: str, linear: Any, x: jax.Array) -> jax.Array:
+        if self._runs_as_it_is(site, linear):
+            return _plain(site, linear, x)
+        return self._run(site, linear, _rotated(linear, x), lambda: x, {})
 
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
     ) -> jax.Array:
-        if isinstance(linear, nnx.Linear):
-            self._record(site, jnp.asarray(16, jnp.int32), jnp.asarray(jnp.nan, jnp.float32))
+        if self._runs_as_it_is(site, linear):
             return _plain.normed(site, linear, x, norm, modulation, gelu=gelu)
 
         def quantize(**options: Any) -> tuple[Any, RowStatistics]:
@@ -72,16 +79,18 @@ class RoutedLinears:
         return self._run(site, linear, quantize, lambda: modulated(norm, x, modulation), activation)
 
     def gated(self, site: str, linear: Any, x: jax.Array, residual: jax.Array, modulation: Modulation) -> jax.Array:
-        if isinstance(linear, nnx.Linear):
-            self._record(site, jnp.asarray(16, jnp.int32), jnp.asarray(jnp.nan, jnp.float32))
+        if self._runs_as_it_is(site, linear):
             return _plain.gated(site, linear, x, residual, modulation)
-
-        def quantize(**options: Any) -> tuple[Any, RowStatistics]:
-            scale_dims = {"scale_dims": x.ndim - 1} if options["format"] == "nvfp4" else {}
-            return rotate_quantize(x, hadamard=linear.hadamard, **scale_dims, **options)
-
         gate = {"gate": modulation.gate, "residual": residual, "text_length": modulation.text_length}
-        return self._run(site, linear, quantize, lambda: x, gate)
+        return self._run(site, linear, _rotated(linear, x), lambda: x, gate)
+
+    def taken(self) -> tuple[Int32[Array, " sites"], Float32[Array, " sites"]]:
+        """Activation bits of each site, and max|x| / mean|x| of its activation, NaN in 16 bit.
+
+        Raises:
+            ArgumentError: if the block ran no linear at one of its sites.
+        """
+        return stacked(self._bits, self._sites), stacked(self._outlier, self._sites)
 
     def _run(
         self,
@@ -116,20 +125,36 @@ class RoutedLinears:
             return sixteen(), jnp.asarray(16, jnp.int32), jnp.asarray(jnp.nan, jnp.float32)
 
         branches = {"nvfp4": low_bit("nvfp4"), "int8": low_bit("int8"), "16bit": full}
+        check_site(site, self._sites, self._bits)
+        self.any_quantized = True
         with jax.named_scope(site):
             if len(self._choices) == 1:
                 y, bits, ratio = branches[self._choices[0]]()
             else:
                 position = sum(
-                    (self._routes[SITES.index(site)] > ROUTES.index(name)).astype(jnp.int32)
+                    (self._routes[self._sites.index(site)] > ROUTES.index(name)).astype(jnp.int32)
                     for name in self._choices[:-1]
                 )
                 y, bits, ratio = jax.lax.switch(position, [branches[name] for name in self._choices])
-        self._record(site, bits, ratio)
+        self._bits[site], self._outlier[site] = bits, ratio
         return y
 
-    def _record(self, site: str, bits: jax.Array, ratio: jax.Array) -> None:
-        self.bits[site], self.outlier[site] = bits, ratio
+    def _runs_as_it_is(self, site: str, linear: Any) -> bool:
+        if isinstance(linear, QuantLinear):
+            return False
+        check_site(site, self._sites, self._bits)
+        self._bits[site], self._outlier[site] = jnp.asarray(16, jnp.int32), jnp.asarray(jnp.nan, jnp.float32)
+        return True
+
+
+def _rotated(linear: QuantLinear, x: jax.Array) -> Callable[..., tuple[Any, RowStatistics]]:
+    """Quantises an activation as a layer's weight is rotated, NVFP4 with one tensor scale a row."""
+
+    def quantize(**options: Any) -> tuple[Any, RowStatistics]:
+        scale_dims = {"scale_dims": x.ndim - 1} if options["format"] == "nvfp4" else {}
+        return rotate_quantize(x, hadamard=linear.hadamard, **scale_dims, **options)
+
+    return quantize
 
 
 def outlier_ratio(statistics: RowStatistics, size: int) -> Float32[Array, ""]:
@@ -138,6 +163,26 @@ def outlier_ratio(statistics: RowStatistics, size: int) -> Float32[Array, ""]:
     return jnp.where(mean > 0, statistics.max_abs.max() / mean, 0.0)
 
 
-def stacked(values: dict[str, jax.Array]) -> Float[Array, " sites"] | Int32[Array, " sites"]:
-    """By site -> [sites]."""
-    return jnp.stack([values[site] for site in SITES])
+def check_site(site: str, sites: tuple[str, ...], seen: dict[str, Any]) -> None:
+    """Makes sure that a block may run a linear there.
+
+    Raises:
+        ArgumentError: if it is none of the block's sites, or has run before.
+    """
+    if site not in sites:
+        raise ArgumentError(f"a block ran a linear at {site!r}, which is none of its sites: {', '.join(sites)}")
+    if site in seen:
+        raise ArgumentError(f"a block ran two linears at {site!r}: each needs a site of its own")
+
+
+def stacked(
+    values: dict[str, jax.Array], sites: tuple[str, ...]
+) -> Float[Array, "sites ..."] | Int32[Array, "sites ..."]:
+    """By site -> [sites, ...].
+
+    Raises:
+        ArgumentError: if there is a site without a value.
+    """
+    if missing := [site for site in sites if site not in values]:
+        raise ArgumentError(f"a block ran no linear at {', '.join(missing)}; its sites are {', '.join(sites)}")
+    return jnp.stack([values[site] for site in sites])

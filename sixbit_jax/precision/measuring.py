@@ -3,22 +3,24 @@
 For calibration alone. Nothing of an activation leaves the compiled program but the numbers of `Measured`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.delta_cache import apply_delta, store_delta
 from sixbit_jax.errors import ArgumentError
-from sixbit_jax.models.cogvideox import BlockContext, CogVideoXTransformer3DModel
+from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.layers import LayerNorm
 from sixbit_jax.models.linears import SITES, Modulation, modulated
 from sixbit_jax.models.split import Split
 from sixbit_jax.precision import delta_cache
-from sixbit_jax.precision.linears import RoutedLinears, stacked
+from sixbit_jax.precision.blocks import Block, blocks_of
+from sixbit_jax.precision.linears import RoutedLinears, check_site, stacked
 from sixbit_jax.qtensor import QuantLinear
 from sixbit_jax.sampling import sampler
 from sixbit_jax.sampling.schedulers import Schedule
@@ -54,12 +56,19 @@ class MeasuringLinears:
     """A block's linears on the 16-bit route, beside which the low-bit routes are tried; a `models.linears.Linears`.
 
     After the block has run, `error` ([2]) and `outlier` ([]) hold what was measured, by site.
+
+    Raises:
+        ArgumentError: on a linear that is not quantised, or at a site that the block does not have.
     """
 
-    def __init__(self) -> None:
-        self._exact = fixed_route("16bit")
+    def __init__(self, sites: tuple[str, ...]):
+        self._sites, self._exact = sites, fixed_route("16bit", sites)
         self.error: dict[str, jax.Array] = {}
         self.outlier: dict[str, jax.Array] = {}
+
+    def __call__(self, site: str, linear: Any, x: jax.Array) -> jax.Array:
+        self._measure(site, linear, x)
+        return self._exact(site, linear, x)
 
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
@@ -72,6 +81,9 @@ class MeasuringLinears:
         return self._exact.gated(site, linear, x, residual, modulation)
 
     def _measure(self, site: str, linear: QuantLinear, x: Float[Array, "batch tokens k"]) -> None:
+        check_site(site, self._sites, self.error)
+        if not isinstance(linear, QuantLinear):
+            raise ArgumentError(f"the linear at {site!r} is not quantised, so there are no low-bit routes to measure")
         product = QuantLinear(linear.weight, None, dtype=jnp.float32)
         exact = product(x)
         error = [jnp.linalg.norm(product(x.astype(jnp.float32), route=route) - exact) for route in LOW_BIT]
@@ -80,17 +92,20 @@ class MeasuringLinears:
         self.outlier[site] = magnitude.max() / magnitude.mean()
 
 
-def fixed_route(route: str) -> RoutedLinears:
+def fixed_route(route: str, sites: tuple[str, ...]) -> RoutedLinears:
     """All sites of a block on one route."""
-    nothing = jnp.zeros((len(SITES),), jnp.int32)
-    return RoutedLinears((route,), nothing, None, outlier_limit=0.0, carrier="exact")
+    nothing = jnp.zeros((len(sites),), jnp.int32)
+    return RoutedLinears(sites, (route,), nothing, None, outlier_limit=0.0, carrier="exact")
 
 
 class OneSite:
     """One site of a block on a route, the others in 16 bit; a `models.linears.Linears`."""
 
-    def __init__(self, site: str, route: str):
-        self._linears = {name: fixed_route(route if name == site else "16bit") for name in SITES}
+    def __init__(self, site: str, route: str, sites: tuple[str, ...]):
+        self._linears = {name: fixed_route(route if name == site else "16bit", sites) for name in sites}
+
+    def __call__(self, site: str, linear: Any, x: jax.Array) -> jax.Array:
+        return self._linears[site](site, linear, x)
 
     def normed(
         self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
@@ -102,41 +117,47 @@ class OneSite:
 
 
 def measure_blocks(
-    model: CogVideoXTransformer3DModel,
+    block: Block,
+    params: Any,
     x: Float[Array, "samples tokens dim"],
-    context: BlockContext,
+    context: Any,
     last: Float[Array, "blocks samples tokens dim"],
     first: Any,
+    *,
+    sites: Sequence[str],
 ) -> tuple[Float[Array, "samples tokens dim"], Float[Array, "blocks samples tokens dim"], Measured]:
-    """All blocks of one forward pass of one video, on the 16-bit route.
+    """All blocks of one forward pass of one group, on the 16-bit route.
 
     Args:
-        model: with quantised linears.
-        x, context: from `embed`.
+        block, params, x, context, sites: as in `blocks.scan_blocks`; every site's linear quantised.
         last: the blocks' deltas at the step before.
         first: bool []; whether there was none.
 
     Returns:
         The stream, this step's deltas in the dtype of `last`, and what was measured.
+
+    Raises:
+        ArgumentError: if a linear is not quantised, or not at one of the sites.
     """
-    graph, params = nnx.split(model.blocks)
+    sites = tuple(sites)
 
     def body(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
         params, last = inputs
-        block, linears = nnx.merge(graph, params), MeasuringLinears()
+        linears = MeasuringLinears(sites)
 
         def delta_of(y: jax.Array) -> Float32[Array, "samples tokens dim"]:
             return y.astype(jnp.float32) - x.astype(jnp.float32)
 
-        y = block(x, context, linears)
+        y = block(params, x, context, linears)
+        error, outlier = stacked(linears.error, sites), stacked(linears.outlier, sites)
         delta = delta_of(y)
-        noisy = [delta_of(block(x, context, OneSite(site, "nvfp4"))) for site in SITES]
+        noisy = [delta_of(block(params, x, context, OneSite(site, "nvfp4", sites))) for site in sites]
         stored = [_stored(format, delta) for format in STORED]
         measured = Measured(
             volatility=_relative(delta, x),
             delta_change=jnp.where(first, jnp.inf, _relative(delta - last.astype(jnp.float32), last)),
-            error=jnp.stack([linears.error[site] for site in SITES]),
-            outlier=stacked(linears.outlier),
+            error=error,
+            outlier=outlier,
             delta_error=jnp.stack([_relative(other - delta, delta) for other in noisy]),
             cache_error=jnp.stack([_relative(other - delta, delta) for other in stored]),
         )
@@ -162,14 +183,13 @@ def sample(
         ArgumentError: if the linears are not quantised.
     """
     model = transformer.merge()
-    if not all(isinstance(getattr(model.blocks, site), QuantLinear) for site in SITES):
-        raise ArgumentError("the model's linears are not quantised, so there are no low-bit routes to measure")
 
     def body(carry: tuple, inputs: sampler.StepInputs) -> tuple[tuple, Measured]:
         state, last = carry
         samples, text, timestep = sampler.forward_inputs(state, inputs, conditioning)
         x, context = model.embed(samples, text, timestep)
-        x, last, measured = measure_blocks(model, x, context, last, inputs.index == 0)
+        block, params = blocks_of(model, context)
+        x, last, measured = measure_blocks(block, params, x, context.temb, last, inputs.index == 0, sites=SITES)
         state, _ = sampler.advance(state, inputs, conditioning, model.project(x, context, samples.shape))
         return (state, last), measured
 

@@ -1,9 +1,10 @@
 """Routers: the precision of each site of each block at the coming step. Pure; all blocks are decided at once.
 
-A router has `init(blocks, groups) -> state` and
+A router has `init(blocks, groups, sites) -> state`, which raises if it was made for another model, and
 `decide(state, observation, progress) -> (routes, predicted error, state)`, with routes int32 [blocks, groups, sites],
-indices into `qtensor.ROUTES`. `choices` names the routes it can take, most exact last: the compiled program holds the
-kernels of these alone, and decides nothing where there is one. `observes`: whether it needs the volatility measured.
+indices into `qtensor.ROUTES`. Sites are the linears of a block, as many as the model has. `choices` names the routes it
+can take, most exact last: the compiled program holds the kernels of these alone, and decides nothing where there is
+one. `observes`: whether it needs the volatility measured.
 """
 
 import logging
@@ -16,7 +17,6 @@ import numpy as np
 from flax import struct
 
 from sixbit_jax.errors import ArgumentError
-from sixbit_jax.models.linears import SITES
 from sixbit_jax.precision.types import Observation, Progress
 from sixbit_jax.qtensor import ROUTES
 
@@ -36,15 +36,16 @@ class Router(Protocol):
     def observes(self) -> bool:
         """Whether it needs the volatility measured."""
 
-    def init(self, blocks: int, groups: int) -> Any:
+    def init(self, blocks: int, groups: int, sites: int) -> Any:
         """The state before the first step.
 
         Args:
             blocks: of the model.
             groups: videos that are decided on together.
+            sites: of a block.
 
         Raises:
-            ArgumentError: if the router is made for another number of blocks.
+            ArgumentError: if the router is made for another number of blocks or sites.
         """
 
     def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:
@@ -61,8 +62,8 @@ class Router(Protocol):
         """
 
 
-def _unknown(observation: Observation) -> jax.Array:
-    return jnp.full((*observation.computed.shape, len(SITES)), jnp.nan, jnp.float32)
+def _unknown(routes: jax.Array) -> jax.Array:
+    return jnp.full(routes.shape, jnp.nan, jnp.float32)
 
 
 @struct.dataclass(kw_only=True)
@@ -71,6 +72,8 @@ class ConstantRouter:
 
     Attributes:
         route: its name.
+
+    Its state is the routes, int32 [blocks, groups, sites].
     """
 
     route: str = struct.field(pytree_node=False, default="16bit")
@@ -84,12 +87,13 @@ class ConstantRouter:
     def choices(self) -> tuple[str, ...]:
         return (self.route,)
 
-    def init(self, blocks: int, groups: int) -> None:
-        return None
+    def init(self, blocks: int, groups: int, sites: int) -> jax.Array:
+        return jnp.full((blocks, groups, sites), ROUTES.index(self.route), jnp.int32)
 
-    def decide(self, state: None, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, None]:
-        predicted = _unknown(observation)
-        return jnp.full(predicted.shape, ROUTES.index(self.route), jnp.int32), predicted, None
+    def decide(
+        self, state: jax.Array, observation: Observation, progress: Progress
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return state, _unknown(state), state
 
 
 @struct.dataclass(kw_only=True)
@@ -120,26 +124,27 @@ class TableRouter:
             )
         return cls(table=jnp.asarray(table, jnp.int32), choices=tuple(ROUTES[i] for i in occurring))
 
-    def init(self, blocks: int, groups: int) -> None:
-        if self.table.shape[1:] != (blocks, len(SITES)):
+    def init(self, blocks: int, groups: int, sites: int) -> None:
+        if self.table.shape[1:] != (blocks, sites):
             raise ArgumentError(
-                f"a routing table must be [steps, {blocks} blocks, {len(SITES)} sites], found {list(self.table.shape)}"
+                f"a routing table must be [steps, {blocks} blocks, {sites} sites], found {list(self.table.shape)}"
             )
 
     def decide(self, state: None, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, None]:
         if self.table.shape[0] not in (1, progress.steps):
             raise ArgumentError(f"the routing table has {self.table.shape[0]} steps, the run {progress.steps}")
         row = self.table[jnp.minimum(progress.step, self.table.shape[0] - 1)]
-        predicted = _unknown(observation)
-        return jnp.broadcast_to(row[:, None], predicted.shape), predicted, None
+        routes = jnp.repeat(row[:, None], observation.computed.shape[1], axis=1)
+        return routes, _unknown(routes), None
 
 
-def edges(steps: int, blocks: int, *, first: int, last: int) -> TableRouter:
+def edges(steps: int, blocks: int, sites: int, *, first: int, last: int) -> TableRouter:
     """INT8 for the first and last steps, NVFP4 between them.
 
     Args:
         steps: of the run.
         blocks: of the model.
+        sites: of a block.
         first: how many steps at the beginning run in INT8.
         last: how many at the end.
 
@@ -148,7 +153,7 @@ def edges(steps: int, blocks: int, *, first: int, last: int) -> TableRouter:
     """
     if first < 0 or last < 0 or first + last > steps:
         raise ArgumentError(f"{first=} and {last=} must not be negative, nor more than the {steps} steps together")
-    table = np.full((steps, blocks, len(SITES)), NVFP4, np.int32)
+    table = np.full((steps, blocks, sites), NVFP4, np.int32)
     table[:first] = table[steps - last :] = INT8
     return TableRouter.of(table)
 
@@ -160,7 +165,7 @@ class VolatilityRouter:
     Where there is no volatility (the first step, and after a skip) INT8.
 
     Attributes:
-        alpha, beta: float32 [blocks, sites], fitted by `sixbit_jax.calibrate`.
+        alpha, beta: float32 [blocks, sites], fitted by `calibration.fit`.
         threshold: float32 []; a larger one gives fewer bits.
     """
 
@@ -170,10 +175,10 @@ class VolatilityRouter:
     choices = ("nvfp4", "int8")
     observes = True
 
-    def init(self, blocks: int, groups: int) -> None:
+    def init(self, blocks: int, groups: int, sites: int) -> None:
         for name in ("alpha", "beta"):
-            if (found := getattr(self, name).shape) != (blocks, len(SITES)):
-                raise ArgumentError(f"{name} must be [{blocks} blocks, {len(SITES)} sites], found {list(found)}")
+            if (found := getattr(self, name).shape) != (blocks, sites):
+                raise ArgumentError(f"{name} must be [{blocks} blocks, {sites} sites], found {list(found)}")
 
     def decide(self, state: None, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, None]:
         volatility = jnp.where(observation.computed, observation.volatility, jnp.nan)
@@ -232,8 +237,8 @@ class CostAwareRouter:
     def observes(self) -> bool:
         return self.router.observes
 
-    def init(self, blocks: int, groups: int) -> Any:
-        return self.router.init(blocks, groups)
+    def init(self, blocks: int, groups: int, sites: int) -> Any:
+        return self.router.init(blocks, groups, sites)
 
     def decide(self, state: Any, observation: Observation, progress: Progress) -> tuple[jax.Array, jax.Array, Any]:
         routes, predicted, state = self.router.decide(state, observation, progress)

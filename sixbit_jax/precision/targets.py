@@ -212,7 +212,7 @@ def simulated_bits(policy: PrecisionPolicy, trace: Measured) -> jax.Array:
         return (router, skipper, observation, last, held), bits.astype(jnp.uint8)
 
     carry = (
-        policy.router.init(blocks, groups),
+        policy.router.init(blocks, groups, trace.error.shape[-2]),
         policy.skipper.init(blocks, groups),
         nothing_observed(blocks, groups),
         jnp.zeros((blocks, groups), jnp.int32),

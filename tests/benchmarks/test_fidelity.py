@@ -49,7 +49,8 @@ def router(threshold, *, table=None, stale=False, clean=0, late=0, **limits):
 
 def decisions(router, skipper):
     """(routes, skips, refreshes) of every step, where volatility is 0.01 and deltas change by 0.1."""
-    state, observation, found = (router.init(BLOCKS, 1), skipper.init(BLOCKS, 1)), nothing_observed(BLOCKS, 1), []
+    state = router.init(BLOCKS, 1, len(SITES)), skipper.init(BLOCKS, 1)
+    observation, found = nothing_observed(BLOCKS, 1), []
     for step in range(STEPS):
         progress = Progress(step=jnp.asarray(step, jnp.int32), steps=STEPS)
         routes, _, first = router.decide(state[0], observation, progress)

@@ -78,25 +78,31 @@ def test_constant_router_takes_its_route():
     for name, index in (("nvfp4", 0), ("int8", 1), ("16bit", 2)):
         router = routers.ConstantRouter(route=name)
         assert router.choices == (name,)
-        assert (router.decide(None, observed(), at(0))[0] == index).all()
+        for sites in (len(SITES), 3, 7):
+            routes, predicted, _ = router.decide(router.init(BLOCKS, GROUPS, sites), observed(), at(0))
+            assert routes.shape == predicted.shape == (BLOCKS, GROUPS, sites)
+            assert (routes == index).all()
     with pytest.raises(ArgumentError, match="int4"):
         routers.ConstantRouter(route="int4")
 
 
 def test_edges_are_int8_and_the_middle_nvfp4():
-    router = routers.edges(STEPS, BLOCKS, first=2, last=3)
+    router = routers.edges(STEPS, BLOCKS, len(SITES), first=2, last=3)
     found = [int(np.unique(router.decide(None, observed(), at(step))[0]).item()) for step in range(STEPS)]
     assert found == [routers.INT8] * 2 + [routers.NVFP4] * 7 + [routers.INT8] * 3
     assert router.choices == ("nvfp4", "int8")
     with pytest.raises(ArgumentError, match="12 steps"):
-        routers.edges(STEPS, BLOCKS, first=7, last=6)
+        routers.edges(STEPS, BLOCKS, len(SITES), first=7, last=6)
 
 
 def test_a_table_of_another_size_is_refused():
     router = routers.TableRouter.of(np.zeros((1, BLOCKS, len(SITES)), np.int32))
-    router.init(BLOCKS, GROUPS)
-    with pytest.raises(ArgumentError, match="found"):
-        router.init(BLOCKS + 1, GROUPS)
+    router.init(BLOCKS, GROUPS, len(SITES))
+    for blocks, sites in ((BLOCKS + 1, len(SITES)), (BLOCKS, 3)):
+        with pytest.raises(ArgumentError, match=f"{blocks} blocks, {sites} sites.*found"):
+            router.init(blocks, GROUPS, sites)
+        with pytest.raises(ArgumentError, match=f"{blocks} blocks, {sites} sites.*found"):
+            volatility_router(0.1).init(blocks, GROUPS, sites)
     with pytest.raises(ArgumentError, match="0 to 2"):
         routers.TableRouter.of(np.full((1, BLOCKS, len(SITES)), 3))
     with pytest.raises(ArgumentError, match="2 steps"):
@@ -248,7 +254,9 @@ def any_router(draw):
         make = functools.partial(routers.TableRouter.of, np.resize(routes, size))
     elif kind == "edges":
         first = draw(st.integers(0, STEPS))
-        make = functools.partial(routers.edges, STEPS, BLOCKS, first=first, last=draw(st.integers(0, STEPS - first)))
+        make = functools.partial(
+            routers.edges, STEPS, BLOCKS, len(SITES), first=first, last=draw(st.integers(0, STEPS - first))
+        )
     else:
         make = functools.partial(volatility_router, draw(THRESHOLDS))
     if draw(st.booleans()):
@@ -268,7 +276,7 @@ def test_any_router_takes_its_choices_and_a_group_by_itself(make, seed, step):
     def decide(groups):
         values = (jnp.asarray(values[:, groups]) for values in (computed, volatility, change))
         observation = Observation(**dict(zip(("computed", "volatility", "delta_change"), values, strict=True)))
-        return router.decide(router.init(BLOCKS, len(groups)), observation, at(step))[0]
+        return router.decide(router.init(BLOCKS, len(groups), len(SITES)), observation, at(step))[0]
 
     both = decide([0, 1])
     assert both.shape == (*shape, len(SITES))
@@ -277,8 +285,9 @@ def test_any_router_takes_its_choices_and_a_group_by_itself(make, seed, step):
     for group in range(GROUPS):
         np.testing.assert_array_equal(decide([group])[:, 0], both[:, group])
     if isinstance(router, routers.CostAwareRouter):
-        plain = router.router.decide(None, observed(), at(step))[0]
-        taken = router.decide(None, observed(), at(step))[0]
+        state = router.init(BLOCKS, GROUPS, len(SITES))
+        plain = router.router.decide(state, observed(), at(step))[0]
+        taken = router.decide(state, observed(), at(step))[0]
         cost = np.asarray(router.cost)
         assert (taken >= plain).all()  # in order of exactness
         assert (cost[taken] <= cost[plain]).all()

@@ -48,7 +48,7 @@ POLICIES = {
     "weights only": PrecisionPolicy(),
     "int8": PrecisionPolicy(router=ConstantRouter(route="int8")),
     "nvfp4": PrecisionPolicy(router=ConstantRouter(route="nvfp4")),
-    "edges": PrecisionPolicy(router=edges(STEPS, BLOCKS, first=1, last=1), carrier="fp8"),
+    "edges": PrecisionPolicy(router=edges(STEPS, BLOCKS, len(SITES), first=1, last=1), carrier="fp8"),
     "volatility": PrecisionPolicy(router=volatility_router()),
     "cost aware": PrecisionPolicy(
         router=CostAwareRouter.of(volatility_router(), {"nvfp4": 0.5, "int8": 1.0, "16bit": 2.0})

@@ -2,6 +2,7 @@
 
 import sys
 
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sixbit_jax.precision import ConstantRouter, EveryNth, PrecisionPolicy
+from sixbit_jax.precision import ConstantRouter, EveryNth, PrecisionPolicy, TableRouter
 from sixbit_jax.sampling import sampler
 
 
@@ -74,7 +75,25 @@ def block_over_devices() -> None:
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
 
 
+def blocks_of_any_model() -> None:
+    """A scan over the blocks of a model that is not ours, data parallel as its arguments are, decided jointly."""
+    policy = PrecisionPolicy(
+        router=TableRouter.of(np.arange(foreign.BLOCKS * 3).reshape(1, foreign.BLOCKS, 3) % 3),
+        skipper=EveryNth(n=2, warm_up=2, cool_down=1),
+        cache_format="int8",
+        joint=True,
+    )
+    model, x = foreign.make(), foreign.noise(8)
+    wanted, decided = foreign.sample(model, policy, x)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    found, trace = foreign.sample(model, policy, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    assert len(found.sharding.device_set) == 8
+    np.testing.assert_array_equal(trace.bits, decided.bits)
+    assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)  # codes, as above
+
+
 CASES = {
+    "blocks of any model": blocks_of_any_model,
     "prompts": prompts_over_devices,
     "sharded arguments": sharded_arguments,
     "block": block_over_devices,
