@@ -1,5 +1,6 @@
 """The scan over blocks under a policy: decide, skip or compute each block, measure, and remember for the next step."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -155,7 +156,7 @@ def run_blocks(
                 outlier_limit=policy.outlier_limit or 0.0,
                 carrier=policy.carrier,
             )
-            y = nnx.merge(graph, params)(x, context.replace(temb=temb), linears)
+            y = nnx.merge(graph, params)(x, dataclasses.replace(context, temb=temb), linears)
             volatility = change = jnp.asarray(jnp.nan, jnp.float32)
             with jax.named_scope("cache"):
                 if cache is not None:
@@ -163,7 +164,7 @@ def run_blocks(
                     stored, sums = store_delta(x, y, stored, compare=policy.skipper.observes)
                     cache = delta_cache.replace(cache, block, group, stored)
                     volatility = sums.delta.sum() / sums.before.sum()
-                    if policy.skipper.observes:
+                    if sums.change is not None and sums.stored is not None:
                         change = jnp.where(first, jnp.inf, sums.change.sum() / sums.stored.sum())
                 elif policy.observes:
                     volatility = _norm(y - x) / _norm(x)

@@ -76,9 +76,9 @@ class RoutedLinears:
             self._record(site, jnp.asarray(16, jnp.int32), jnp.asarray(jnp.nan, jnp.float32))
             return _plain.gated(site, linear, x, residual, modulation)
 
-        def quantize(**options: Any) -> tuple[Any, RowStatistics]:
-            scale_dims = {"scale_dims": x.ndim - 1} if options["format"] == "nvfp4" else {}
-            return rotate_quantize(x, hadamard=linear.hadamard, **scale_dims, **options)
+        def quantize(format: str, **options: Any) -> tuple[Any, RowStatistics]:
+            scale_dims = x.ndim - 1 if format == "nvfp4" else 0
+            return rotate_quantize(x, format=format, hadamard=linear.hadamard, scale_dims=scale_dims, **options)
 
         gate = {"gate": modulation.gate, "residual": residual, "text_length": modulation.text_length}
         return self._run(site, linear, quantize, lambda: x, gate)
