@@ -70,6 +70,7 @@ references: .venv-parity/.installed
 lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check --output-format min-text
 
 format: .venv/.installed
 	.venv/bin/ruff format .
