@@ -31,6 +31,22 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help='A diffusers folder, one made by `sixbit convert`, or "mini".')]
 
 
+def _say_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"sixbit_jax {sixbit_jax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 class DType(enum.StrEnum):
     """Compute and parameter dtype."""
 
