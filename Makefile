@@ -7,7 +7,7 @@ OUT ?= out
 # The oldest JAX that pyproject.toml allows; the newest is what .venv has.
 OLDEST_JAX = $(shell sed -n 's/^  "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slow test-gpu test-oldest notebooks docs lint format parity references clean
+.PHONY: demo test test-slow test-gpu test-oldest notebooks docs lint format parity references dist clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..."'
@@ -75,10 +75,16 @@ references: .venv-parity/.installed
 lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check --output-format min-text
 
 format: .venv/.installed
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+# The sdist, and the wheel that is built from it.
+dist: .venv/.installed
+	rm -rf dist
+	.venv/bin/python -m build
 
 clean:
 	rm -rf .venv .venv-gpu .venv-oldest .venv-parity out build dist *.egg-info

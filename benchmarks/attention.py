@@ -42,9 +42,9 @@ def measure(shape: shapes.Shape, name: str, run: Callable[..., jax.Array], calls
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        for _ in range(calls):
-            out = run(*operands)
-        out.block_until_ready()
+        for _ in range(calls - 1):
+            run(*operands)
+        run(*operands).block_until_ready()
         times.append((time.perf_counter() - start) / calls * 1000)
     operations = 4 * shape.batch * shape.heads * shape.tokens**2 * shape.head
     return Row(
@@ -60,7 +60,9 @@ def measure(shape: shapes.Shape, name: str, run: Callable[..., jax.Array], calls
 def rows(which: tuple[shapes.Shape, ...], names: list[str], calls: int, candidates: bool) -> Iterator[Row]:
     """All rows."""
     for shape in which:
-        runs = {name: lambda q, k, v, name=name: attention(q, k, v, implementation=name) for name in names}
+        runs: dict[str, Callable] = {
+            name: lambda q, k, v, name=name: attention(q, k, v, implementation=name) for name in names
+        }
         if candidates:
             for config in pallas_mosaic_gpu.candidates(tokens=shape.tokens, head=shape.head):
                 runs[str(config)] = lambda q, k, v, c=config: pallas_mosaic_gpu.attention(q, k, v, config=c)

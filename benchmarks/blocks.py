@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def floors(config: TransformerConfig, ceiling: Ceilings, *, quantized: bool, cac
     return found | {part: count / ceiling.operations for part, count in multiplied.items()}
 
 
-def profile(compiled: jax.stages.Compiled, leaves: list[jax.Array]) -> tuple[dict[str, float], object]:
+def profile(compiled: jax.stages.Compiled, leaves: list[jax.Array]) -> tuple[dict[str, float], Any]:
     """One call -> (ms of each HLO operation, its result)."""
     jax.block_until_ready(compiled(leaves))
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +138,9 @@ def profile(compiled: jax.stages.Compiled, leaves: list[jax.Array]) -> tuple[dic
 
 def scopes(compiled: jax.stages.Compiled) -> dict[str, str]:
     """HLO operation -> the path of named scopes it came from."""
-    found = re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?metadata=\{[^}]*?op_name="([^"]*)"', compiled.as_text(), re.M)
+    found = re.findall(
+        r'^\s*(?:ROOT )?%?([\w.-]+) = .*?metadata=\{[^}]*?op_name="([^"]*)"', compiled.as_text() or "", re.M
+    )
     return dict(found)
 
 

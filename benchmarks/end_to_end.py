@@ -129,6 +129,7 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
         _, trace = jax.block_until_ready(compiled(leaves))
         seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    assert memory is not None
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     skip_share, mean_bits = 0.0, 16.0
     if policy is not None:

@@ -9,18 +9,20 @@ costs, and with the weight as that route would read it from NVFP4 storage, which
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from benchmarks import record
 from pallas_kernels.common.xla import dequantize
 from pallas_kernels.nvfp4_cast import cast
 from pallas_kernels.rotate_quantize import reference, rotate_quantize
 
-NVFP4 = {"format": "nvfp4"}
-FOUR_OVER_SIX = {"format": "nvfp4", "four_over_six": True}
-ACTIVATIONS = {
+NVFP4: dict[str, Any] = {"format": "nvfp4"}
+FOUR_OVER_SIX: dict[str, Any] = {"format": "nvfp4", "four_over_six": True}
+ACTIVATIONS: dict[str, dict[str, Any]] = {
     "nvfp4": NVFP4,
     "nvfp4, tensor scale a row": {**NVFP4, "scale_dims": 1},
     "nvfp4 4/6": FOUR_OVER_SIX,
@@ -83,7 +85,7 @@ def draw(rows: int, size: int, out: int) -> dict[str, tuple[np.ndarray, np.ndarr
     return {name: (x.astype(np.float32), w.astype(np.float32)) for name, (x, w) in data.items()}
 
 
-def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+def relative_error(found: ArrayLike, exact: ArrayLike) -> float:
     found, exact = (np.asarray(a, np.float64) for a in (found, exact))
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 

@@ -17,6 +17,7 @@ import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from pallas_kernels.workloads import Workload, everything, normal, packed
 
 COPY_BYTES = 2**29
 RATE_OF_TARGET = {"int8": "int8", "fp8": "fp8", "exact": "bfloat16", "bfloat16": "bfloat16"}
-LINEARS = {
+LINEARS: dict[str, dict[str, Any] | None] = {
     "bfloat16 (XLA)": None,
     "int8": {"format": "int8"},
     "nvfp4, fp8 carrier": {"format": "nvfp4", "scale_dims": 2, "carrier": "fp8"},
@@ -197,7 +198,8 @@ def groups(*, tiny: bool) -> Iterator[Group]:
             for target in ("bfloat16", "int8", "fp8"):
                 yield plain_group(workload.name, m, n, k, target)
         if workload.operation == "weight_only_matmul":
-            yield plain_group(workload.name, *(workload.sizes[name] for name in ("rows", "n", "k")), "bfloat16")
+            m, n, k = (workload.sizes[name] for name in ("rows", "n", "k"))
+            yield plain_group(workload.name, m, n, k, "bfloat16")
         yield workload_group(workload)
     for shape in matmul_shapes.SMALL[:1] if tiny else matmul_shapes.FULL:
         yield linear_group(shape, "xla" if tiny else None)
@@ -221,10 +223,8 @@ def run(todo: list[Group], *, run_ms: float, threads: int) -> list[dict]:
             None if job.alone else pool.submit(contextvars.copy_context().run, compile_one, job, spec)
             for job, spec in pairs
         ]
-        alone = [compile_one(*pair) if future is None else None for pair, future in zip(pairs, futures, strict=True)]
-        compiled = [
-            program if future is None else future.result() for program, future in zip(alone, futures, strict=True)
-        ]
+        started = [future or compile_one(*pair) for pair, future in zip(pairs, futures, strict=True)]
+        compiled = [each.result() if isinstance(each, concurrent.futures.Future) else each for each in started]
     print(f"compiled {len(compiled)} programs", flush=True)
     programs, rows = iter(compiled), []
     for group in todo:

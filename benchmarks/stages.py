@@ -100,6 +100,7 @@ MODELS: dict[str, tuple[Callable[[], Pipeline], int]] = {
 
 def measure(name: str, pipe: Pipeline, steps: int) -> Stages:
     """Times the three stages of one guided call with a batch of one."""
+    assert pipe.vae is not None
     config, vae_config = pipe.transformer.merge().config, pipe.vae.merge().config
     space = vae_config.spatial_compression_ratio
     latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1

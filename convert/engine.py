@@ -123,7 +123,11 @@ def slots_of(path: str, shape: Shape, rules: Sequence[Rule]) -> dict[tuple[int |
             piece = (*piece[:-1], piece[-1] // part[1])
         for index in range(shape[0]) if rule.index else (None,):
             key = rule.key_for(path, index or 0)
-            if (index, part) not in slots and not any(earlier.pattern.fullmatch(key) for earlier in rules[:at]):
+            if (
+                key is not None
+                and (index, part) not in slots
+                and not any(earlier.pattern.fullmatch(key) for earlier in rules[:at])
+            ):
                 slots[index, part] = Slot(key=key, layout=rule.layout, index=index, part=part, shape=piece)
     stacks, parts = {index is not None for index, _ in slots}, {part for _, part in slots}
     whole = {(j, n) for _, n in parts for j in range(n)}
@@ -159,14 +163,18 @@ def plan(
     problems = []
     for key, tensor in tensors.items():
         found = tuple(tensor.shape)
+        unused = Problem(mark="+", where=where(key), key=key, found=found)
         rule, match = next(((r, m) for r in rules if (m := r.pattern.fullmatch(key))), (None, None))
-        if rule is not None and not rule.target:
+        if rule is None or match is None:
+            problems.append(unused)
             continue
-        path = match.expand(rule.target) if match else None
-        place = (int(match[rule.index]) if rule and rule.index else None, rule.part or (0, 1)) if match else None
+        if not rule.target:
+            continue
+        path = match.expand(rule.target)
+        place = (int(match[rule.index]) if rule.index else None, rule.part or (0, 1))
         slot = wanted.get(path, {}).get(place)
         if slot is None or place in filled[path]:
-            problems.append(Problem(mark="+", where=where(key), key=key, found=found))
+            problems.append(unused)
             continue
         filled[path][place] = dataclasses.replace(slot, key=key, layout=rule.layout)
         if ours_shape(rule.layout, found) != slot.shape:

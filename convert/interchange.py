@@ -314,7 +314,7 @@ def _problems(tensors: Mapping[str, np.ndarray], rules: Convention, name: str) -
             wrong = "one value"
         elif part == rules.tensor_scale and not _has_reciprocal(tensor.reshape(())):
             yield Problem(mark="!", where=where, key=key, found=str(tensor.reshape(())), wanted=_POSITIVE)
-        if wrong is not None:
+        if tensor is not None and wrong is not None:
             yield Problem(mark="!", where=where, key=key, found=f"{tensor.dtype} {list(tensor.shape)}", wanted=wrong)
     for part in rules.changes:
         if (key := _join(name, part)) in tensors:

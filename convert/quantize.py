@@ -1,6 +1,7 @@
 """Linear layers quantised while they are converted: one layer of one parameter in memory at a time."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -140,6 +141,4 @@ def with_quantized_linears(module: nnx.Module, entry: Mapping[str, Any] | None) 
 
 
 def _at(module: nnx.Module, path: str) -> QuantLinear:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
+    return operator.attrgetter(path)(module)

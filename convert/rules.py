@@ -49,7 +49,7 @@ class Rule:
             raise ValueError(f"rule {self.source!r}: there is no group {self.index!r} to take the index from")
         if not self.target:
             return
-        used = set(re.findall(r"\\g<(\w+)>", self.target)) | ({self.index} - {None})
+        used = {*re.findall(r"\\g<(\w+)>", self.target), *filter(None, [self.index])}
         if used != groups:
             raise ValueError(f"rule {self.source!r}: groups {sorted(groups)}, of which the target uses {sorted(used)}")
         for text in _split(self.source)[0]:

@@ -57,7 +57,7 @@ def tune(
         found[config] = timer.measure(program, sets, runs=3).median_ms
     if not found:
         raise RuntimeError(f"{workload.operation}/{implementation} {case}: wrong {wrong}, failed {failed}")
-    best = min(found, key=found.get)
+    best = min(found, key=found.__getitem__)
     return {
         "config": dataclasses.asdict(best),
         "ms": round(found[best], 5),

@@ -85,7 +85,7 @@ def calibrate(
 
     def run_inputs(index: int) -> tuple:
         texts = pipe.checked_texts([prompts[index]], guided=guidance_scale > 1)
-        positive, negative = (None if text is None else pipe.encode(text) for text in texts)
+        positive, negative = pipe.encode(texts[0]), None if texts[1] is None else pipe.encode(texts[1])
         one = keys[index : index + 1]
         return pipe.sampler_inputs(positive, negative, one, shape, schedule, guidance_scale=guidance_scale)
 
@@ -105,8 +105,12 @@ def calibrate(
         if not np.isfinite(getattr(finite, field.name)).all():
             raise ArgumentError(f"{field.name} became NaN or Inf while calibrating; calibrate in a wider dtype")
     config = QuantizationConfig(activations="16bit", cache_format=cache_format)
+    fitted = fit(trace.volatility, trace.error[..., LOW_BIT.index("nvfp4")])
     made = Calibration(
-        **fit(trace.volatility, trace.error[..., LOW_BIT.index("nvfp4")]),
+        alpha=fitted["alpha"],
+        beta=fitted["beta"],
+        correlation=fitted["correlation"],
+        site_correlation=fitted["site_correlation"],
         trace=jax.tree.map(_half, trace),
         points=OperatingPoints.none(),
         fingerprint=Fingerprint.of(pipe.transformer),

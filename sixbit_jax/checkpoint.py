@@ -25,7 +25,7 @@ from convert.quantize import with_quantized_linears
 from convert.readers import dtype_counts
 from convert.rules_transformer import published_shapes
 from convert.store import check_destination, is_ours, read_manifest, read_model, staged
-from sixbit_jax.config import SchedulerConfig
+from sixbit_jax.config import SchedulerConfig, TransformerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.t5 import T5EncoderModel
 from sixbit_jax.models.vae import AutoencoderKLCogVideoX
@@ -243,7 +243,7 @@ def write_diffusers(
                 continue
             component = MODELS[name]
             index[name] = [component.library, component.class_name]
-            shapes = published_shapes(module.config) if name == "transformer" else {}
+            shapes = published_shapes(module.config) if isinstance(module.config, TransformerConfig) else {}
             (beside / name).mkdir()
             state = nnx.state(module)
             _write_json(beside / name / "config.json", _published_config(component, module.config))

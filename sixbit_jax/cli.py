@@ -31,6 +31,22 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help='A diffusers folder, one made by `sixbit convert`, or "mini".')]
 
 
+def _say_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"sixbit_jax {sixbit_jax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 class DType(enum.StrEnum):
     """Compute and parameter dtype."""
 
@@ -107,7 +123,7 @@ def _interruptible[R](function: Callable[[], R]) -> R:
         say_interrupted()
         os._exit(130)
     except SystemExit as terminated:  # raised by our handler of SIGTERM, in this thread alone
-        os._exit(terminated.code)
+        os._exit(terminated.code if isinstance(terminated.code, int) else 1)
     finally:
         pool.shutdown(wait=False)
 
@@ -249,7 +265,7 @@ def generate(
     from sixbit_jax.precision.targets import QuantizationConfig
 
     config = None if quantization is None else QuantizationConfig.named(quantization)
-    targets = {"target_mean_bits": target_mean_bits, "target_skip": target_skip}
+    targets: dict[str, Any] = {"target_mean_bits": target_mean_bits, "target_skip": target_skip}
     if targets := {name: value for name, value in targets.items() if value is not None}:
         if config is None:
             raise typer.BadParameter(
@@ -257,7 +273,11 @@ def generate(
             )
         config = dataclasses.replace(config, **targets)
 
-    outputs = _outputs(out, len(prompt)) if out else [report / name for name in (*reports.FILES, reports.PAGE)]
+    if report is not None:
+        outputs = [report / name for name in (*reports.FILES, reports.PAGE)]
+    else:
+        assert out is not None
+        outputs = _outputs(out, len(prompt))
     for path in outputs:
         video.check_writable(path)
         for suffix in () if report else (".json",) if config is None else (".json", *TRACE_SUFFIXES):
@@ -287,10 +307,13 @@ def generate(
     def sample(pipe: Pipeline, what: str) -> PipelineOutput:
         with tqdm(total=num_inference_steps, desc=what, unit="step", disable=None) as bar:
 
+            def on_step(index: jax.Array) -> None:
+                bar.update()
+
             def call() -> PipelineOutput:
                 if report is not None:
                     _compile_all_but_sampling(pipe, settings)
-                return pipe(prompt, **settings, on_step=lambda index: bar.update())
+                return pipe(prompt, **settings, on_step=on_step)
 
             return _interruptible(call)
 
@@ -339,7 +362,7 @@ def generate(
         typer.echo(f"wrote {report / reports.PAGE}")
     else:
         stale = [path.with_suffix(suffix).name for path in outputs for suffix in (".json", *TRACE_SUFFIXES)]
-        with video.replacing_together(out.parent, stale) as beside:
+        with video.replacing_together(outputs[0].parent, stale) as beside:
             for i, path in enumerate(beside / path.name for path in outputs):
                 video.write_mp4(path, result.frames[i], fps=fps)
                 if result.summary is not None:

@@ -9,9 +9,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sixbit_jax.errors import SixbitError
+
+if TYPE_CHECKING:
+    from typing import Self
+else:
+    Self = Any  # beartype knows it in whole classes only, not in methods one by one
 
 
 class ConfigError(SixbitError, ValueError):
@@ -47,7 +52,7 @@ class _Config:
         return frozenset()
 
     @classmethod
-    def from_dict[C](cls: type[C], values: Mapping[str, Any]) -> C:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds the configuration from a published JSON object.
 
         Keys that start with an underscore and `transformers`/`torch` bookkeeping are dropped.
@@ -67,7 +72,7 @@ class _Config:
         return cls._made(taken)
 
     @classmethod
-    def _made[C](cls: type[C], values: Mapping[str, Any]) -> C:
+    def _made(cls, values: Mapping[str, Any]) -> Self:
         for field in dataclasses.fields(cls):
             if field.name in values and not _is_of(value := values[field.name], field.type):
                 kind = getattr(field.type, "__name__", field.type)
@@ -245,7 +250,7 @@ class T5Config(_Config):
         self._require_sizes("relative_attention_num_buckets", "relative_attention_max_distance")
 
     @classmethod
-    def from_dict[C](cls: type[C], values: Mapping[str, Any]) -> C:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Takes the encoder's fields from a T5 `config.json` and leaves the decoder's and the bookkeeping.
 
         transformers' own files mix hundreds of generation settings in, so unknown fields are not errors here.
@@ -292,7 +297,7 @@ class SchedulerConfig(_Config):
         self._require_sizes("num_train_timesteps")
 
     @classmethod
-    def from_dict[C](cls: type[C], values: Mapping[str, Any]) -> C:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds the configuration from a published JSON object; `class_name` is the file's `_class_name`.
 
         Raises:

@@ -1,5 +1,6 @@
 """How far a video is from another of the same prompt and noise: PSNR, SSIM and the relative error of its latents."""
 
+import functools
 import math
 
 import jax
@@ -81,7 +82,7 @@ def _psnr(found: Video, wanted: Video) -> Float32[Array, " videos"]:
 @jax.jit
 def _ssim(found: Video, wanted: Video) -> Float32[Array, " videos"]:
     # Centred values keep the differences of squares below exact enough in float32; variances do not depend on it.
-    x, y = (video.astype(jnp.float32) - 127.5 for video in (found, wanted))
+    x, y = (jnp.asarray(video, jnp.float32) - 127.5 for video in (found, wanted))
     mean_x, mean_y, xx, yy, xy = (_window(values) for values in (x, y, x * x, y * y, x * y))
     variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
@@ -100,7 +101,8 @@ def _window(
     weights = [weight / sum(weights) for weight in weights]
     for axis in (2, 3):
         inner = values.shape[axis] - 2 * RADIUS
-        values = sum(weight * jax.lax.slice_in_dim(values, i, i + inner, axis=axis) for i, weight in enumerate(weights))
+        parts = [weight * jax.lax.slice_in_dim(values, i, i + inner, axis=axis) for i, weight in enumerate(weights)]
+        values = functools.reduce(jnp.add, parts)
     return values
 
 

@@ -50,7 +50,7 @@ class PipelineOutput:
         summary: mean activation bits, skip share and share of each route, of a quantised run; else None.
     """
 
-    frames: UInt8[np.ndarray, "batch frames height width 3"] | None
+    frames: UInt8[np.ndarray, "batch frames height width 3"] | Any  # not None: who asked for frames has them
     latents: Float[np.ndarray, "batch latent_frames channels h w"]
     trace: sampler.Trace
     timings: dict[str, float]
@@ -64,11 +64,11 @@ class _CompilationClock:
         self._spans: list[tuple[float, float]] = []
         jax.monitoring.register_event_time_span_listener(self._listen)
 
-    def _listen(self, event: str, start: float, end: float, **_: Any) -> None:
+    def _listen(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            while self._spans and self._spans[-1][0] >= start:  # a function traced while tracing this one
+            while self._spans and self._spans[-1][0] >= start_time:  # a function traced while tracing this one
                 self._spans.pop()
-            self._spans.append((start, end))
+            self._spans.append((start_time, end_time))
 
     def seconds_since(self, moment: float) -> float:
         """Seconds spent in compilations that began after `moment`, a time of `time.time`."""
@@ -240,8 +240,8 @@ class Pipeline:
             pipe = cls(
                 transformer=Split.of(loaded.transformer),
                 scheduler=loaded.scheduler,
-                vae=loaded.vae and Split.of(loaded.vae),
-                text_encoder=loaded.text_encoder and Split.of(loaded.text_encoder),
+                vae=None if loaded.vae is None else Split.of(loaded.vae),
+                text_encoder=None if loaded.text_encoder is None else Split.of(loaded.text_encoder),
                 tokenizer=loaded.tokenizer,
                 vae_tiling=vae_tiling,
             )

@@ -126,8 +126,11 @@ class QuantLinear(nnx.Module):
             raise ValueError(f"unknown route {route!r}; routes are {', '.join(ROUTES)}")
         if route == "16bit":
             return weight_only_matmul(x.astype(self.dtype), self.weight, bias=self._bias, **epilogue)
-        options = {"carrier": carrier, "scale_dims": x.ndim - 1} if route == "nvfp4" else {}
-        quantized, _ = rotate_quantize(x, format=route, hadamard=self.hadamard, **options)
+        if route == "int8":
+            return self.multiply(rotate_quantize(x, format="int8", hadamard=self.hadamard)[0], **epilogue)
+        quantized, _ = rotate_quantize(
+            x, format="nvfp4", hadamard=self.hadamard, carrier=carrier, scale_dims=x.ndim - 1
+        )
         return self.multiply(quantized, **epilogue)
 
     @property
@@ -135,13 +138,13 @@ class QuantLinear(nnx.Module):
         return None if self.bias is None else self.bias[...]
 
 
-def quantize_model(
-    model: nnx.Module,
+def quantize_model[M: nnx.Module](
+    model: M,
     rules: Sequence[tuple[str, str]] = TRANSFORMER_RULES,
     *,
     hadamard: int | None = None,
     four_over_six: bool = False,
-) -> nnx.Module:
+) -> M:
     """Replaces linear layers of an NNX module, in place, by `QuantLinear`.
 
     Args:
@@ -187,9 +190,7 @@ def quantized_paths(model: nnx.Module, rules: Sequence[tuple[str, str]]) -> list
     return chosen
 
 
-def replace_linears(
-    model: nnx.Module, paths: Sequence[str], *, hadamard: int | None, four_over_six: bool
-) -> nnx.Module:
+def replace_linears[M: nnx.Module](model: M, paths: Sequence[str], *, hadamard: int | None, four_over_six: bool) -> M:
     """`quantize_model` for the linears at these paths.
 
     Raises:

@@ -107,7 +107,9 @@ def difference(found: UInt8[np.ndarray, "*video"], wanted: UInt8[np.ndarray, "*v
 
 def save_trace(path: str | Path, trace: PrecisionTrace, group: int) -> None:
     """Writes one group of a run's trace as arrays [steps, blocks] and [steps, blocks, sites]."""
-    arrays = {field.name: np.asarray(getattr(trace, field.name))[:, :, group] for field in dataclasses.fields(trace)}
+    arrays: dict[str, Any] = {
+        field.name: np.asarray(getattr(trace, field.name))[:, :, group] for field in dataclasses.fields(trace)
+    }
     with video.replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -126,6 +128,7 @@ def save_run(folder: Path, record: Mapping[str, Any], quantized: PipelineOutput,
     ours, theirs = quantized.frames[0], reference.frames[0]
     for name, frames in zip(VIDEOS, (theirs, ours, difference(ours, theirs)), strict=True):
         video.write_mp4(folder / name, frames, fps=record["fps"])
+    assert quantized.trace.precision is not None
     save_trace(folder / TRACE, quantized.trace.precision, 0)
     record = {"format": FORMAT, **record, "fidelity": fidelity(quantized, reference)}
     with video.replacing(folder / RUN) as partial:

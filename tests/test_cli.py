@@ -47,6 +47,11 @@ def psnr(found, wanted) -> float:
     return 10 * np.log10(255**2 / np.mean((found.astype(float) - wanted) ** 2))
 
 
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"sixbit_jax {sixbit_jax.__version__}\n")
+
+
 def test_videos_of_the_bundled_model(tmp_path, monkeypatch):
     calls, call = [], Pipeline.__call__
 

@@ -94,7 +94,7 @@ def _adaln_quantize(
         tiles=sum(tiles),
         epsilon=norm.epsilon,
     )
-    return rotation.quantize_rows(
+    found = rotation.quantize_rows(
         prologue,
         [x.reshape(-1, dim), gain.reshape(-1, dim), offset.reshape(-1, dim)],
         dtype=x.dtype,
@@ -107,6 +107,8 @@ def _adaln_quantize(
         name="adaln_quantize",
         programs=batch * sum(tiles),
     )
+    assert not isinstance(found, jax.Array)
+    return found
 
 
 def _modulated(
@@ -145,7 +147,9 @@ def _modulated(
         difference = load(where, chunk, slice_, part).astype(jnp.float32) - mean[:, None, None]
         if where.total_blocks % where.blocks == 0:
             return difference
-        return jnp.where(where.inside(chunk)[:, :, None], difference, 0.0)
+        inside = where.inside(chunk)
+        assert inside is not None
+        return jnp.where(inside[:, :, None], difference, 0.0)
 
     squares = [centred(cut, *place) for place in places]
     squares = functools.reduce(jnp.add, [difference * difference for difference in squares])

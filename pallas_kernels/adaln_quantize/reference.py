@@ -7,6 +7,7 @@ holds, to the bit, for what it modulated to.
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
@@ -42,7 +43,7 @@ def _centred(x: np.ndarray, norm: AdaptiveNorm) -> tuple[np.ndarray, np.ndarray]
     return centred, 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + float(np.float32(norm.epsilon)))
 
 
-def _wide(value: np.ndarray) -> np.ndarray:
+def _wide(value: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(value, np.float64)
 
 

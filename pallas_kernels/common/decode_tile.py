@@ -75,9 +75,9 @@ def decode(
     # The power of two is what the decoded codes lack, or part of it.
     scales = scales * {"exact": 2.0**63, "fp8": 2.0**7, "int8": 2.0**3}[target]
     factors = [_twice(scales.astype(jnp.bfloat16 if bfloat16 else jnp.float16))]
-    if target == "int8":
+    if inverse is not None:
         factors.append(jnp.broadcast_to(inverse * 2.0**11, scales.shape))
-    values = [None] * BLOCK
+    values: list = [None] * BLOCK
     for half, word in enumerate(as_words(codes, interpret=interpret)):
         for j, pair in enumerate(pairs(word, bfloat16=bfloat16)):
             (result,) = plgpu.elementwise_inline_asm(
@@ -134,7 +134,9 @@ def _plain(
             shift = FP8_CARRIER_SHIFT * E2M1_SHIFT * 2.0**-8
             products = e2m1_as_half(nibbles) * (scales * shift).astype(jnp.float16)
             return jnp.where(jnp.isnan(scales), jnp.uint8(E4M3_NAN), e4m3_of_half(products)).astype(jnp.int8)
-        case "int8":
+        case _:
+            assert target == "int8"
+            assert inverse is not None
             units = e2m1_as_half(nibbles).astype(jnp.float32) * (scales * E2M1_SHIFT)
             return jnp.round(units * inverse[:, :, None]).astype(jnp.int8)
 
@@ -200,7 +202,7 @@ def pairs(words: Int32[Array, "rows blocks"], *, bfloat16: bool = False) -> list
     return found
 
 
-def load_tile(ref, row, column, *, shape: tuple[int, int]) -> Array:
+def load_tile(ref, row, column, *, shape: tuple[int, ...]) -> Array:
     """A tile of a matrix; zeros outside it."""
     mask = inside(ref, row, column, shape)
     return plgpu.load(tile(ref, row, column, shape), mask=mask, other=None if mask is None else 0)
@@ -211,12 +213,12 @@ def store_tile(ref, row, column, values: Array) -> None:
     plgpu.store(tile(ref, row, column, values.shape), values, mask=inside(ref, row, column, values.shape))
 
 
-def tile(ref, row, column, shape: tuple[int, int]):
+def tile(ref, row, column, shape: tuple[int, ...]):
     """The reference of a tile."""
     return ref.at[pl.ds(row, shape[0]), pl.ds(column, shape[1])]
 
 
-def inside(ref, row, column, shape: tuple[int, int]) -> Bool[Array, "rows columns"] | None:
+def inside(ref, row, column, shape: tuple[int, ...]) -> Bool[Array, "rows columns"] | None:
     """Which elements of a tile lie in the matrix; None if tiles of this shape, side by side, fill it."""
     if ref.shape[0] % shape[0] == 0 and ref.shape[1] % shape[1] == 0:
         return None

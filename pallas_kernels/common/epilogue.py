@@ -52,7 +52,7 @@ class Epilogue:
             raise ValueError(f"bias must be [N] = {shape[-1:]}, found {self.bias.shape}")
         if (self.gate is None) != (self.residual is None):
             raise ValueError("gate and residual go together: pass both or neither")
-        if self.gate is None:
+        if self.gate is None or self.residual is None:
             if self.text_length:
                 raise ValueError(f"text_length={self.text_length} is about the rows of a gate, and there is none")
             return
@@ -103,6 +103,7 @@ def finish(
     if activation == "gelu_tanh":
         y = gelu_tanh(y, tanh)
     if gate is not None:
+        assert residual is not None
         y = residual.astype(jnp.float32) + gate.astype(jnp.float32) * y
     return y
 

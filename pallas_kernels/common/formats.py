@@ -82,9 +82,9 @@ class NVFP4Array:
     0, 32, 64, 128 that divides K. All byte values are legal.
     """
 
-    codes: UInt8[Array, "*rows half"]
-    scales: UInt8[Array, "*rows blocks"]
-    tensor_scale: Float32[Array, "*leading"]
+    codes: UInt8[Array | np.ndarray, "*rows half"]
+    scales: UInt8[Array | np.ndarray, "*rows blocks"]
+    tensor_scale: Float32[Array | np.ndarray, "*leading"]
     hadamard: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
@@ -122,8 +122,8 @@ class Int8Array:
     that divides K.
     """
 
-    codes: Int8[Array, "*rows k"]
-    scale: Float32[Array, "*rows"]
+    codes: Int8[Array | np.ndarray, "*rows k"]
+    scale: Float32[Array | np.ndarray, "*rows"]
     hadamard: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
@@ -158,8 +158,8 @@ class CarriedArray:
     that divides K.
     """
 
-    codes: Float[Array, "*rows k"]
-    scale: Float32[Array, "*rows"]
+    codes: Float[Array | np.ndarray, "*rows k"]
+    scale: Float32[Array | np.ndarray, "*rows"]
     hadamard: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property

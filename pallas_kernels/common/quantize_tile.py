@@ -129,6 +129,7 @@ class Geometry:
         """Which blocks of a chunk exist; None if all of them do."""
         if self.whole and self.total_blocks % self.blocks == 0:
             return None
+        assert self.first_row is not None
         row = self.first_row + jax.lax.broadcasted_iota(jnp.int32, (self.rows, self.blocks), 0)
         block = chunk * self.blocks + jax.lax.broadcasted_iota(jnp.int32, (self.rows, self.blocks), 1)
         return (row < (self.total_rows if self.end_row is None else self.end_row)) & (block < self.total_blocks)
@@ -144,9 +145,9 @@ class Geometry:
     def _columns(self, ref, chunk, slice_: int | None, part: int | None) -> tuple:
         # Traced, since a constant range may not leave the array, as one that is masked may.
         block = jnp.zeros((), jnp.int32) + chunk * self.blocks
-        slice_ = pl.ds(0, self.slices) if slice_ is None else jnp.full((), slice_, jnp.int32)
+        slices = pl.ds(0, self.slices) if slice_ is None else jnp.full((), slice_, jnp.int32)
         parts = () if part is None else (jnp.full((), part, jnp.int32),)
-        return (pl.ds(block, self.blocks), slice_, pl.ds(0, ref.shape[3]), *parts)
+        return (pl.ds(block, self.blocks), slices, pl.ds(0, ref.shape[3]), *parts)
 
     def load(self, ref, chunk, slice_: int | None, part: int | None = None) -> Array:
         """A slice of a chunk, or all of them side by side, [rows, blocks, columns]; zeros where there is none."""
@@ -198,6 +199,7 @@ class Geometry:
     def _row_mask(self) -> Bool[Array, " rows"] | None:
         if self.whole:
             return None
+        assert self.first_row is not None
         row = self.first_row + jnp.arange(self.rows, dtype=jnp.int32)
         return row < (self.total_rows if self.end_row is None else self.end_row)
 

@@ -5,6 +5,7 @@ No 4-bit or 8-bit float dtype is used: not every device converts them, and XLA m
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
@@ -77,14 +78,14 @@ def unpack(packed: UInt8[Array, "*rows half"]) -> UInt8[Array, "*rows k"]:
 
 def in_code_units(array: NVFP4Array) -> Float32[Array, "*rows k"]:
     """[..., K], exact: E2M1(code) * E4M3(block scale), without the tensor scale. Fits in bfloat16."""
-    codes = decode_e2m1(unpack(array.codes))
-    return codes * jnp.repeat(decode_e4m3(array.scales), BLOCK, -1)
+    codes = decode_e2m1(unpack(jnp.asarray(array.codes)))
+    return codes * jnp.repeat(decode_e4m3(jnp.asarray(array.scales)), BLOCK, -1)
 
 
 def dequantize(array: NVFP4Array | Int8Array | CarriedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows k"]:
     """Values [..., K]: exact product, rounded once to float32, then to `dtype`. A rotated array stays rotated."""
     if isinstance(array, Int8Array | CarriedArray):
-        values, scale = array.codes.astype(jnp.float32), array.scale
+        values, scale = jnp.asarray(array.codes).astype(jnp.float32), array.scale
     else:
         values, scale = in_code_units(array), array.tensor_scale
     return (values * expand_to(scale, values.ndim)).astype(dtype)
@@ -133,6 +134,6 @@ def nearest_reciprocal(x: Float32[Array, "*n"], guess: Float32[Array, "*n"]) -> 
     return best
 
 
-def expand_to(scale: Float32[Array, "*leading"], ndim: int) -> Float32[Array, "*expanded"]:
+def expand_to(scale: Float32[Array | np.ndarray, "*leading"], ndim: int) -> Float32[Array, "*expanded"]:
     """A scale of leading axes, given trailing axes of one so that it broadcasts against an array of `ndim` axes."""
-    return scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
+    return jnp.reshape(scale, scale.shape + (1,) * (ndim - scale.ndim))

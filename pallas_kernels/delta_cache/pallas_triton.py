@@ -156,7 +156,8 @@ def _apply_delta(
 
 
 def _entry(stored: NVFP4Array, n: int, blocks: int) -> tuple[Array, Array, Array]:
-    return stored.codes.reshape(n, blocks, HALF), stored.scales.reshape(n, blocks), stored.tensor_scale.reshape(n)
+    codes, scales, tensor_scale = (jnp.asarray(field) for field in (stored.codes, stored.scales, stored.tensor_scale))
+    return codes.reshape(n, blocks, HALF), scales.reshape(n, blocks), tensor_scale.reshape(n)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,7 +241,7 @@ def _apply_kernel(x_ref, *refs, config: Config):
 
 
 def _store_kernel(before_ref, after_ref, *refs, config: Config, compare: bool, instructions: Instructions):
-    entry, refs = (list(refs[:3]), refs[3:]) if compare else (None, refs)
+    entry, refs = (list(refs[:3]), refs[3:]) if compare else ([], refs)
     codes_ref, scales_ref, tensor_scale_ref, *sum_refs = refs
     n, blocks, _ = before_ref.shape
     first = pl.program_id(0) * config.rows
@@ -258,7 +259,7 @@ def _store_kernel(before_ref, after_ref, *refs, config: Config, compare: bool, i
         pair = _pair(delta)
         wide = [half.astype(jnp.float32) for half in pair]
         measured = [[before], wide]
-        if compare:
+        if tensor_scale is not None:
             stored = _decoded(tile, entry, tensor_scale)
             measured += [[a - b for a, b in zip(wide, stored, strict=True)], stored]
         totals = [

@@ -5,7 +5,7 @@ import numpy as np
 from pallas_kernels.common.formats import Int8Array, NVFP4Array
 from pallas_kernels.common.reference import dequantize
 from pallas_kernels.delta_cache.types import DeltaSums
-from pallas_kernels.rotate_quantize.reference import rotate_quantize
+from pallas_kernels.rotate_quantize.reference import prepare, quantize_int8, quantize_nvfp4
 
 Stored = np.ndarray | Int8Array | NVFP4Array
 
@@ -14,9 +14,9 @@ def store_delta(before: np.ndarray, after: np.ndarray, stored: Stored, *, compar
     """See `api.store_delta`. The delta is rounded to the stream's dtype before anything else; sums are float64."""
     delta = (after.astype(np.float32) - before.astype(np.float32)).astype(before.dtype)
     if isinstance(stored, Int8Array):
-        entry, _ = rotate_quantize(delta, format="int8", hadamard=0)
+        entry = quantize_int8(prepare(delta))
     elif isinstance(stored, NVFP4Array):
-        entry, _ = rotate_quantize(delta, format="nvfp4", hadamard=0, scale_dims=delta.ndim - 1)
+        entry = quantize_nvfp4(prepare(delta), scale_dims=delta.ndim - 1)
     else:
         entry = delta.astype(stored.dtype)
 
@@ -27,8 +27,8 @@ def store_delta(before: np.ndarray, after: np.ndarray, stored: Stored, *, compar
     sums = DeltaSums(
         before=total(before),
         delta=total(delta),
-        change=total(delta.astype(np.float64) - old) if compare else None,
-        stored=total(old) if compare else None,
+        change=None if old is None else total(delta.astype(np.float64) - old),
+        stored=None if old is None else total(old),
     )
     return entry, sums
 

@@ -119,7 +119,8 @@ def _kernel(qkv_ref, norms_ref, *refs, config: Config, epsilon: float):
 
 
 def _by_head(is_query: Array, query: Float32[Array, " head"], key: Float32[Array, " head"]) -> Float32[Array, "..."]:
-    return jnp.where(is_query, *(jnp.broadcast_to(v[None, None, :], is_query.shape) for v in (query, key)))
+    query, key = (jnp.broadcast_to(v[None, None, :], is_query.shape) for v in (query, key))
+    return jnp.where(is_query, query, key)
 
 
 def _table(ref, token: Array, tokens: int) -> Float32[Array, "tokens 1 head"]:

@@ -1,5 +1,7 @@
 """Decode a packed NVFP4 array, once a call, for the matmul that follows."""
 
+from typing import Any, Literal, overload
+
 from jaxtyping import Array, BFloat16
 
 from pallas_kernels.common.choice import Implementation, choose
@@ -13,6 +15,12 @@ IMPLEMENTATIONS = {
 }
 
 
+@overload
+def cast(
+    array: NVFP4Array, *, to: Literal["bfloat16"], implementation: str | None = None
+) -> BFloat16[Array, "*rows k"]: ...
+@overload
+def cast(array: NVFP4Array, *, to: str, implementation: str | None = None) -> Int8Array | CarriedArray | Any: ...
 def cast(
     array: NVFP4Array, *, to: str, implementation: str | None = None
 ) -> Int8Array | CarriedArray | BFloat16[Array, "*rows k"]:

@@ -107,7 +107,7 @@ def _cast(array: NVFP4Array, *, to: str, config: Config, interpret: bool):
     *rows, k = array.shape
     n = math.prod(rows)
     codes, scales = array.codes.reshape(n, -1), array.scales.reshape(n, -1)
-    operands = [codes, scales]
+    operands: list[Array | np.ndarray] = [codes, scales]
     if to in CARRIERS:
         body = functools.partial(_carry_kernel, carrier=to)
         out_shape = jax.ShapeDtypeStruct((n, k), jnp.int8 if to == "fp8" else CARRIERS[to])

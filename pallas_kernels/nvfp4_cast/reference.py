@@ -26,15 +26,20 @@ def cast(array: NVFP4Array, *, to: str) -> Int8Array | CarriedArray | np.ndarray
         case "bfloat16":
             return to_bfloat16(array)
         case _:
-            return carry(in_code_units(array).astype(np.float32), _a_row(array), carrier=to, hadamard=array.hadamard)
+            return carried(array, to)
 
 
 def to_int8(array: NVFP4Array) -> Int8Array:
     """INT8 of the values in code units; then row scale times tensor scale, one float32 product, at least 2^-126."""
     units = quantize_int8(in_code_units(array).astype(np.float32), hadamard=array.hadamard)
     with np.errstate(under="ignore"):
-        scale = units.scale * _a_row(array)
+        scale = np.asarray(units.scale) * _a_row(array)
     return dataclasses.replace(units, scale=np.maximum(scale, SMALLEST_NORMAL))
+
+
+def carried(array: NVFP4Array, carrier: str) -> CarriedArray:
+    """The array in a carrier."""
+    return carry(in_code_units(array).astype(np.float32), _a_row(array), carrier=carrier, hadamard=array.hadamard)
 
 
 def carry(units: np.ndarray, tensor_scale: np.ndarray, *, carrier: str, hadamard: int) -> CarriedArray:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
@@ -35,12 +36,12 @@ def native(a: NVFP4Array, b: NVFP4Array, *, epilogue: Epilogue, out_dtype: DType
     return apply(epilogue, y).astype(out_dtype)
 
 
-def as_e2m1(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows k"]:
+def as_e2m1(packed: UInt8[Array | np.ndarray, "*rows half"]) -> Float[Array, "*rows k"]:
     """The same bits as float4_e2m1fn [..., K]; JAX, too, counts the low nibble first."""
     codes = jax.lax.bitcast_convert_type(packed, jnp.float4_e2m1fn)
     return codes.reshape(*packed.shape[:-1], -1)
 
 
-def as_e4m3(scales: UInt8[Array, "*rows blocks"]) -> Float[Array, "*rows blocks"]:
+def as_e4m3(scales: UInt8[Array | np.ndarray, "*rows blocks"]) -> Float[Array, "*rows blocks"]:
     """The same bits as float8_e4m3fn."""
     return jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)

@@ -1,5 +1,7 @@
 """Rotate by a block Hadamard matrix, quantise, and measure the input, in one operation."""
 
+from typing import Literal, overload
+
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.choice import Implementation, choose
@@ -23,6 +25,50 @@ FORMATS = ("nvfp4", "int8")
 INPUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
+@overload
+def rotate_quantize(
+    x: Float[Array, "..."],
+    *,
+    format: Literal["nvfp4"],
+    hadamard: int | None = None,
+    tensor_scale: Float[Array, "..."] | None = None,
+    scale_dims: int = 0,
+    four_over_six: bool = False,
+    carrier: None = None,
+    implementation: str | None = None,
+) -> tuple[NVFP4Array, RowStatistics]: ...
+@overload
+def rotate_quantize(
+    x: Float[Array, "..."],
+    *,
+    format: Literal["nvfp4"],
+    hadamard: int | None = None,
+    tensor_scale: Float[Array, "..."] | None = None,
+    scale_dims: int = 0,
+    four_over_six: bool = False,
+    carrier: str,
+    implementation: str | None = None,
+) -> tuple[CarriedArray, RowStatistics]: ...
+@overload
+def rotate_quantize(
+    x: Float[Array, "..."],
+    *,
+    format: Literal["int8"],
+    hadamard: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Int8Array, RowStatistics]: ...
+@overload
+def rotate_quantize(
+    x: Float[Array, "..."],
+    *,
+    format: str,
+    hadamard: int | None = None,
+    tensor_scale: Float[Array, "..."] | None = None,
+    scale_dims: int = 0,
+    four_over_six: bool = False,
+    carrier: str | None = None,
+    implementation: str | None = None,
+) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]: ...
 def rotate_quantize(
     x: Float[Array, "..."],
     *,

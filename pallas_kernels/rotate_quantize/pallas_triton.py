@@ -174,10 +174,13 @@ def _rotate_quantize(
         if tensor_scale is not None:
             tensor_scale = jnp.maximum(tensor_scale, MIN_SCALE)
         elif scale_dims < len(rows):
-            amax = run(output=dataclasses.replace(output, only_maxima=True)).reshape(rows)
-            amax = amax.max(tuple(range(scale_dims, len(rows))))
+            amax = run(output=dataclasses.replace(output, only_maxima=True))
+            assert isinstance(amax, jax.Array)
+            amax = amax.reshape(rows).max(tuple(range(scale_dims, len(rows))))
             tensor_scale = quantize_tile.nvfp4_tensor_scale(amax, four_over_six=four_over_six)
-    return run(output=output, tensor_scale=tensor_scale)
+    found = run(output=output, tensor_scale=tensor_scale)
+    assert not isinstance(found, jax.Array)
+    return found
 
 
 def _rows(cut: Geometry, refs: list) -> tuple[Geometry, Callable]:
@@ -190,7 +193,7 @@ def loader(cut: Geometry, ref) -> Callable:
     """What a prologue gives, of an operand: the tile is loaded at once, other geometries when they are asked for."""
     parts = [0, 1] if len(ref.shape) == 5 else [None]
     places = [(c, s, part) for c in range(cut.chunks) for s in range(cut.slices) for part in parts]
-    kept = {place: cut.load(ref, *place) for place in places}
+    kept: dict[tuple, Array] = {place: cut.load(ref, *place) for place in places}
 
     def source(where: Geometry, chunk, slice_: int | None, part: int | None) -> Array:
         return kept[chunk, slice_, part] if where is cut else where.load(ref, chunk, slice_, part)
@@ -275,7 +278,7 @@ def quantize_rows(
         planes += [jnp.asarray(plane, quantize_tile.operand_dtype(dtype)) for plane in found]
     row_scale = tensor_scale is None
     scales = []
-    if not row_scale:
+    if tensor_scale is not None:
         scales = [jnp.broadcast_to(expand_to(tensor_scale, len(rows)), rows).reshape(n)]
     a_row = jax.ShapeDtypeStruct((n,), jnp.float32)
     if output.only_maxima:
@@ -401,11 +404,8 @@ def _kernel(
         amax, bad = jax.lax.fori_loop(0, few.chunks, largest, start)
         write = _write_rows(cut, output, amax, bad == 1, given, refs, instructions)
 
-        def encode(chunk, _):
-            write(few, chunk, None, *load(chunk))
-
         if write is not None:
-            jax.lax.fori_loop(0, few.chunks, encode, None)
+            jax.lax.fori_loop(0, few.chunks, lambda chunk, _: write(few, chunk, None, *load(chunk)), None)
 
     # A rotated value is no larger than the sum of its row. Comparisons with NaN are false.
     finite = jnp.where(sums <= quantize_tile.FLOAT32_MAX, 1, 0).min() == 1

@@ -47,7 +47,7 @@ def rotate_quantize(
     carrier: str | None = None,
 ) -> tuple[NVFP4Array | Int8Array | CarriedArray, RowStatistics]:
     """See `api.rotate_quantize`; `hadamard` is a block size or 0. A carrier is what `nvfp4_cast` makes of the array."""
-    from pallas_kernels.nvfp4_cast.reference import cast  # it imports this module
+    from pallas_kernels.nvfp4_cast.reference import carried  # it imports this module
 
     x = prepare(x)
     statistics = RowStatistics(sum_abs=np.abs(x).sum(-1, dtype=np.float64).astype(F32), max_abs=np.abs(x).max(-1))
@@ -57,7 +57,7 @@ def rotate_quantize(
     array = quantize_nvfp4(
         rotated, tensor_scale=tensor_scale, scale_dims=scale_dims, four_over_six=four_over_six, hadamard=hadamard
     )
-    return (array if carrier is None else cast(array, to=carrier)), statistics
+    return (array if carrier is None else carried(array, carrier)), statistics
 
 
 def prepare(x: np.ndarray) -> np.ndarray:

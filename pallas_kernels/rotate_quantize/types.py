@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float32
 
 
@@ -21,5 +22,5 @@ class RowStatistics:
         max_abs: float32 [...], exact.
     """
 
-    sum_abs: Float32[Array, "*rows"]
-    max_abs: Float32[Array, "*rows"]
+    sum_abs: Float32[Array | np.ndarray, "*rows"]
+    max_abs: Float32[Array | np.ndarray, "*rows"]

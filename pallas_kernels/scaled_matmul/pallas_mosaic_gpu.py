@@ -150,7 +150,10 @@ def _scaled_matmul(
     scaled = out_dtype != jnp.int32
     operands = {"a": a.codes.reshape(samples, tokens, k), "b": b.codes}
     if scaled:
-        operands |= {"rows": _rows(a.scale.reshape(samples, tokens)), "columns": _columns(b.scale, epilogue, samples)}
+        operands |= {
+            "rows": _rows(jnp.reshape(a.scale, (samples, tokens))),
+            "columns": _columns(jnp.asarray(b.scale), epilogue, samples),
+        }
     if epilogue.residual is not None:
         operands["residual"] = epilogue.residual
     plan = _Plan(
@@ -252,8 +255,8 @@ class _Plan:
         return self.samples * self.tiles_m * self.tiles_n
 
     @property
-    def accumulator(self) -> type:
-        return jnp.int32 if self.dtype == jnp.int8 else jnp.float32
+    def accumulator(self) -> jnp.dtype:
+        return jnp.dtype(jnp.int32 if self.dtype == jnp.int8 else jnp.float32)
 
     def scratch(self) -> dict:
         config = self.config

@@ -97,7 +97,9 @@ def weight_only_matmul(
     """See `api.weight_only_matmul`. Few rows are within `HALF_PRECISION_BOUND`, many as in `xla`."""
     rows = math.prod(x.shape[:-1])
     if rows > FEW:
-        return _many_rows(x, nvfp4_cast.cast(weight, to="bfloat16"), epilogue=epilogue, out_dtype=out_dtype)
+        dense = nvfp4_cast.cast(weight, to="bfloat16")
+        assert isinstance(dense, jax.Array)
+        return _many_rows(x, dense, epilogue=epilogue, out_dtype=out_dtype)
     if config is None:
         n, k = weight.shape
         config = configured("weight_only_matmul/pallas_triton", heuristic, rows=rows, n=n, k=k)

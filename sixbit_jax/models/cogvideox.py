@@ -200,7 +200,7 @@ class CogVideoXTransformer3DModel(nnx.Module):
         sinusoids = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         temb = positions.timestep_embedding(timestep, config.inner_dim, **sinusoids)
         temb = self.time_embedding(temb.astype(self.dtype))
-        if ofs is not None:
+        if ofs is not None and config.ofs_embed_dim is not None:
             offset = positions.timestep_embedding(ofs, config.ofs_embed_dim, **sinusoids)
             temb = temb + self.ofs_embedding(offset.astype(self.dtype))
 

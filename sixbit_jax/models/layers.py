@@ -1,5 +1,6 @@
 """Layers that more than one model uses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
 
-def stack(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack[M: nnx.Module](make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     """Equal modules as one, to be scanned over: its parameters have a leading axis [count].
 
     Args:

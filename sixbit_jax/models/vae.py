@@ -44,7 +44,7 @@ class Encoder(nnx.Module):
             for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.mid_block = Stage((widths[-1],) * 3, **stage)
-        self.norm_out = NormSilu(widths[-1], **stage | {"eps": _FIXED_EPS})
+        self.norm_out = NormSilu(widths[-1], **{**stage, "eps": _FIXED_EPS})
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, **common)
 
     def __call__(self, x: Float[Array, "B F H W C"], cache: Cache | None) -> tuple[Float[Array, "B f h w Z"], Cache]:
@@ -167,8 +167,8 @@ class AutoencoderKLCogVideoX(nnx.Module):
         return _in_tiles(
             run,
             video,
-            tile=tuple(space * n for n in tile),
-            stride=tuple(space * n for n in stride),
+            tile=(space * tile[0], space * tile[1]),
+            stride=(space * stride[0], space * stride[1]),
             tile_out=tile,
             stride_out=stride,
         )
@@ -213,18 +213,19 @@ class AutoencoderKLCogVideoX(nnx.Module):
             latents,
             tile=tile,
             stride=stride,
-            tile_out=tuple(space * n for n in tile),
-            stride_out=tuple(space * n for n in stride),
+            tile_out=(space * tile[0], space * tile[1]),
+            stride_out=(space * stride[0], space * stride[1]),
         )
 
     @property
     def _tiles(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Size and stride of tiles in latent positions. diffusers rounds those in pixels apart; here they line up."""
         config = self.config
-        tile = tuple(
+        height, width = (
             max(n // 2 // config.spatial_compression_ratio, 1) for n in (config.sample_height, config.sample_width)
         )
-        return tile, tuple(max(int(n * (1 - f)), 1) for n, f in zip(tile, _OVERLAP, strict=True))
+        down, across = (max(int(n * (1 - f)), 1) for n, f in zip((height, width), _OVERLAP, strict=True))
+        return (height, width), (down, across)
 
 
 def split_moments(moments: Float[Array, "*dims Z"]) -> tuple[Float[Array, "*dims C"], Float[Array, "*dims C"]]:

@@ -115,7 +115,10 @@ class NormSilu(nnx.Module):
     def __call__(
         self, x: Float[Array, "B F H W C"], latents: Float[Array, "B f h w Z"] | None
     ) -> Float[Array, "B F H W C"]:
-        gain_and_shift = None if self.modulation is None else self.modulation(latents)
+        gain_and_shift = None
+        if self.modulation is not None:
+            assert latents is not None
+            gain_and_shift = self.modulation(latents)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def apply(x, scale, bias, gain_and_shift):

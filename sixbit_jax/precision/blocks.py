@@ -1,5 +1,6 @@
 """The scan over blocks under a policy: decide, skip or compute each block, measure, and remember for the next step."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -199,7 +200,7 @@ def scan_blocks(
                     stored, sums = store_delta(x, y, stored, compare=policy.skipper.observes)
                     cache = delta_cache.replace(cache, index, group, stored)
                     volatility = sums.delta.sum() / sums.before.sum()
-                    if policy.skipper.observes:
+                    if sums.change is not None and sums.stored is not None:
                         change = jnp.where(first, jnp.inf, sums.change.sum() / sums.stored.sum())
                 elif policy.observes:
                     volatility = _norm(y - x) / _norm(x)
@@ -300,7 +301,7 @@ def blocks_of(model: CogVideoXTransformer3DModel, context: BlockContext) -> tupl
     graph, params = nnx.split(model.blocks)
 
     def block(params: nnx.State, x: jax.Array, temb: jax.Array, linears: Linears) -> jax.Array:
-        return nnx.merge(graph, params)(x, context.replace(temb=temb), linears)
+        return nnx.merge(graph, params)(x, dataclasses.replace(context, temb=temb), linears)
 
     return block, params
 

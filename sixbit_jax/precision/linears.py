@@ -150,9 +150,9 @@ class RoutedLinears:
 def _rotated(linear: QuantLinear, x: jax.Array) -> Callable[..., tuple[Any, RowStatistics]]:
     """Quantises an activation as a layer's weight is rotated, NVFP4 with one tensor scale a row."""
 
-    def quantize(**options: Any) -> tuple[Any, RowStatistics]:
-        scale_dims = {"scale_dims": x.ndim - 1} if options["format"] == "nvfp4" else {}
-        return rotate_quantize(x, hadamard=linear.hadamard, **scale_dims, **options)
+    def quantize(format: str, **options: Any) -> tuple[Any, RowStatistics]:
+        scale_dims = x.ndim - 1 if format == "nvfp4" else 0
+        return rotate_quantize(x, format=format, hadamard=linear.hadamard, scale_dims=scale_dims, **options)
 
     return quantize
 

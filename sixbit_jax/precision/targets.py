@@ -181,7 +181,7 @@ def simulated_bits(policy: PrecisionPolicy, trace: Measured) -> jax.Array:
         Activation bits, uint8 [steps, blocks, prompts, sites].
     """
     steps, blocks, groups = trace.volatility.shape
-    path = jnp.cumsum(trace.delta_change.at[0].set(0.0), axis=0)
+    path = jnp.cumsum(jnp.asarray(trace.delta_change).at[0].set(0.0), axis=0)
     scale = trace.error / trace.error[..., LOW_BIT.index("nvfp4"), None]
     noise = [(trace.delta_error * scale[..., LOW_BIT.index(route)]) ** 2 for route in LOW_BIT]
     by_route = dict(zip(LOW_BIT, noise, strict=True)) | {"16bit": jnp.zeros_like(trace.delta_error)}
@@ -362,21 +362,22 @@ def with_thresholds(policy: PrecisionPolicy, *, skip: float, error: float) -> Pr
 
     def changed(router: Any) -> Any:
         if isinstance(router, CostAwareRouter):
-            return router.replace(router=changed(router.router))
+            return dataclasses.replace(router, router=changed(router.router))
         if isinstance(router, VolatilityRouter):
-            return router.replace(threshold=jnp.asarray(error, jnp.float32))
+            return dataclasses.replace(router, threshold=jnp.asarray(error, jnp.float32))
         return router
 
     skipper = policy.skipper
     if isinstance(skipper, DeltaSkipper):
-        skipper = skipper.replace(threshold=jnp.asarray(skip, jnp.float32))
-    return policy.replace(router=changed(policy.router), skipper=skipper)
+        skipper = dataclasses.replace(skipper, threshold=jnp.asarray(skip, jnp.float32))
+    return dataclasses.replace(policy, router=changed(policy.router), skipper=skipper)
 
 
 def policy_of(config: QuantizationConfig, calibration: Calibration | None, *, skips: bool) -> PrecisionPolicy:
     """The policy of a configuration, its thresholds still to be set; `skips`: whether it has a delta cache."""
     zero = jnp.asarray(0.0, jnp.float32)
     if config.activations == "routed":
+        assert calibration is not None
         alpha, beta = (jnp.asarray(v, jnp.float32) for v in (calibration.alpha, calibration.beta))
         router = VolatilityRouter(alpha=alpha, beta=beta, threshold=zero)
     else:
@@ -410,6 +411,7 @@ def _solve(config: QuantizationConfig, calibration: Calibration | None, steps: i
     # What reaches a PSNR was measured, so it is possible, even if the simulation says that it is just not.
     strict = config.target_psnr is None
     if not strict:
+        assert calibration is not None
         config = cheapest(config, calibration.points)
     one_route = config.activations != "routed" or (config.hardware_aware and route_costs()["nvfp4"] >= 1)
     bits = config.target_mean_bits
@@ -431,18 +433,19 @@ def _solve(config: QuantizationConfig, calibration: Calibration | None, steps: i
 
         return bisect(spent, limits, target, name, strict=strict)
 
-    errors = tuple(simulator.predicted(0.0, 1.0))
+    lowest, highest = simulator.predicted(0.0, 1.0)
+    errors = (lowest, highest)
     changes = (0.0, largest_change(config))
     skipping = functools.cache(
-        lambda error: solved("skip_share", changes, config.target_skip, "target_skip", error=error)
+        lambda error: solved("skip_share", changes, config.target_skip or 0.0, "target_skip", error=error)
     )
     skip = 0.0 if config.skip_threshold is None else config.skip_threshold
     error = config.error_threshold
-    if by_skipping:
+    if by_skipping and bits is not None:
         skip = solved("mean_bits", changes, bits, "target_mean_bits", error=errors[1])
     elif config.target_skip and (error is not None or bits is None):
         skip = skipping(error or 0.0)
-    elif config.target_skip:
+    elif config.target_skip and bits is not None:
         # What is skipped depends on the routes, whose noise is in d: the two are solved together.
         def spent(error: float) -> float:
             return simulator(with_thresholds(policy, skip=skipping(error), error=error)).mean_bits
@@ -496,13 +499,14 @@ def cheapest(config: QuantizationConfig, points: OperatingPoints) -> Quantizatio
             f"target_skip={config.target_skip:g} is beyond the operating points that calibration measured: "
             f"{points.skip_share.min():.3g} to {points.skip_share.max():.3g}"
         )
-    psnr = found["psnr"][allowed]
-    if not psnr.min() - 1e-9 <= config.target_psnr <= psnr.max() + 1e-9:
+    psnr, wanted = found["psnr"][allowed], config.target_psnr
+    assert wanted is not None
+    if not psnr.min() - 1e-9 <= wanted <= psnr.max() + 1e-9:
         raise ArgumentError(
-            f"target_psnr={config.target_psnr:g} cannot be met with these settings: what was measured is "
+            f"target_psnr={wanted:g} cannot be met with these settings: what was measured is "
             f"{psnr.min():.4g} to {psnr.max():.4g} dB"
         )
-    bits = np.where(allowed & (found["psnr"] >= config.target_psnr - 1e-9), found["mean_bits"], np.inf)
+    bits = np.where(allowed & (found["psnr"] >= wanted - 1e-9), found["mean_bits"], np.inf)
     best = int(bits.argmin())
     skip = max(0.0, float(found["skip_share"][best])) if config.target_skip is None else config.target_skip
     return dataclasses.replace(config, target_psnr=None, target_mean_bits=float(bits[best]), target_skip=skip)

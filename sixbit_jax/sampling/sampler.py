@@ -1,5 +1,6 @@
 """The denoising loop: one jit around one `lax.scan` over steps, its Python twin, and the step that both share."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -113,11 +114,12 @@ def step(
     if policy is None:
         prediction = transformer(latents, text, timestep)
     else:
+        assert precision is not None
         x, context = transformer.embed(latents, text, timestep)
         progress = Progress(step=inputs.index, steps=steps)
         x, precision, decided = run_blocks(transformer, x, context, policy, precision, progress)
         prediction = transformer.project(x, context, latents.shape)
-    return advance(state.replace(precision=precision), inputs, conditioning, prediction, decided)
+    return advance(dataclasses.replace(state, precision=precision), inputs, conditioning, prediction, decided)
 
 
 def forward_inputs(
@@ -157,7 +159,7 @@ def advance(
         finite=jnp.isfinite(latents).all(axis=per_video),
         precision=decided,
     )
-    return state.replace(latents=latents, scheduler=scheduler), trace
+    return dataclasses.replace(state, latents=latents, scheduler=scheduler), trace
 
 
 def prepare(

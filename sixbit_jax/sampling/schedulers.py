@@ -132,7 +132,7 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int) -> Schedule
                 x0_sample, x0_output, x0_scale = one, -np.sqrt(1 - a), 1 / np.sqrt(a)
             case "sample":
                 x0_sample, x0_output, x0_scale = zero, one, one
-            case "v_prediction":
+            case _:  # "v_prediction"
                 x0_sample, x0_output, x0_scale = np.sqrt(a), -np.sqrt(1 - a), one
         spread = np.sqrt((1 - a_prev) / (1 - a))
         if stochastic:
@@ -243,6 +243,7 @@ def step(
         if key is None:
             raise ValueError("step: a stochastic (DPM) schedule needs `key` or `noise`")
         noise = jax.random.normal(key, latents.shape, latents.dtype)
+    assert state.old_pred_original_sample is not None
     estimate = row.blend_new * x0 + row.blend_old * state.old_pred_original_sample
     latents = row.next_sample * latents + row.next_x0 * estimate + row.next_noise * noise
     return latents, SchedulerState(old_pred_original_sample=x0)

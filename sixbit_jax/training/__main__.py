@@ -162,6 +162,7 @@ def evaluate(
         made = pipe(prompts, seed=seed, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
         return made.frames
 
+    assert pipe.vae is not None
     result = judging.evaluate(generate, classifier.load(), n=clips, seed=seed, batch=batch)
     images, labels = (jnp.asarray(x) for x in data.load_digits("held_out"))
     true_clips = data.sample_batch(jax.random.key(seed), images, labels, 64).video

@@ -5,6 +5,7 @@ A trained copy is bundled; `python -m sixbit_jax.training.classifier` trains it 
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import safetensors.flax
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from convert.engine import dotted
 from sixbit_jax.training.data import DIGIT_SIZE, load_digits
 
 ASSET = Path(__file__).parents[1] / "assets" / "digit_classifier.safetensors"
@@ -79,7 +81,7 @@ def train(seed: int = 0, *, steps: int = STEPS) -> DigitClassifier:
     @jax.jit
     def update(
         params: nnx.State, state: optax.OptState, key: PRNGKeyArray, images: jax.Array, labels: jax.Array
-    ) -> tuple[nnx.State, optax.OptState]:
+    ) -> tuple[Any, optax.OptState]:
         pick_key, augment_key = jax.random.split(key)
         pick = jax.random.choice(pick_key, images.shape[0], (BATCH,), replace=False)
         batch = augment(augment_key, images[pick].astype(jnp.float32) / 255.0)
@@ -100,7 +102,7 @@ def accuracy(classifier: DigitClassifier, images: UInt8[np.ndarray, "n 28 28"], 
 
 def save(path: Path, classifier: DigitClassifier, *, metadata: dict[str, str]) -> None:
     """Writes the parameters as float32 safetensors with the given metadata."""
-    tensors = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(classifier, nnx.Param)), sep=".")
+    tensors = dotted(nnx.state(classifier, nnx.Param))
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.flax.save_file(tensors, path, metadata=metadata)
 
@@ -112,7 +114,7 @@ def load(path: Path = ASSET) -> DigitClassifier:
         ValueError: if the names or shapes in the file are not those of `DigitClassifier`.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: DigitClassifier(rngs=nnx.Rngs(0))))
-    wanted = {k: v.shape for k, v in traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".").items()}
+    wanted = {k: v.shape for k, v in dotted(state).items()}
     tensors = safetensors.flax.load_file(path)
     found = {k: v.shape for k, v in tensors.items()}
     if found != wanted:

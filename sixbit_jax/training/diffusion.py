@@ -87,8 +87,8 @@ def trainable(networks: Networks) -> dict[str, nnx.State]:
 def with_params(networks: Networks, params: dict[str, nnx.State]) -> Networks:
     """The networks with other parameters, as `trainable` returns them."""
     return Networks(
-        transformer=networks.transformer.replace(params=params["transformer"]),
-        text_encoder=networks.text_encoder.replace(params=params["text_encoder"]),
+        transformer=dataclasses.replace(networks.transformer, params=params["transformer"]),
+        text_encoder=dataclasses.replace(networks.text_encoder, params=params["text_encoder"]),
     )
 
 

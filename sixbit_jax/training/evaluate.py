@@ -262,13 +262,13 @@ def psnr(a: Float[Array, "b *shape"], b: Float[Array, "b *shape"]) -> Float[Arra
 
 
 @nnx.jit
-def _reconstruction_psnr(vae: nnx.Module, video: Float[Array, "b f h w 3"]) -> Float[Array, " b"]:
+def _reconstruction_psnr(vae: Any, video: Float[Array, "b f h w 3"]) -> Float[Array, " b"]:
     mean, _ = jnp.split(vae.encode(video), 2, axis=-1)
     decoded = jnp.clip(vae.decode(mean).astype(jnp.float32), -1.0, 1.0)
     return psnr((decoded + 1) / 2, (video + 1) / 2)
 
 
-def vae_psnr(vae: nnx.Module, clips: Float[Array | np.ndarray, "n f h w 3"], *, batch: int = 8) -> float:
+def vae_psnr(vae: Any, clips: Float[Array | np.ndarray, "n f h w 3"], *, batch: int = 8) -> float:
     """Mean over the clips of the PSNR in dB of decode(mode(encode(clip))), over the range [0, 1].
 
     Args:

@@ -184,9 +184,7 @@ def init_state(params: Params, recipe: OptimizerRecipe) -> TrainState:
     )
 
 
-def make_update(
-    loss_fn: LossFn, recipe: OptimizerRecipe
-) -> Callable[[TrainState, Any, PRNGKeyArray, Array], tuple[TrainState, dict[str, Array]]]:
+def make_update(loss_fn: LossFn, recipe: OptimizerRecipe) -> jax.stages.Wrapped:
     """The jitted function that takes several optimizer steps: (state, data, key, rates) -> (state, mean metrics).
 
     `state` is donated; one step is taken for each of `rates` (float32). A step whose gradients are not finite

@@ -1,9 +1,10 @@
 """Training of the mini model's VAE on rendered clips, and what is measured of it afterwards."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +47,11 @@ def reconstruction_loss(
         "gradient": neighbours[0] + neighbours[1],
         "kl": 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance),
     }
-    loss = sum(getattr(recipe, name) * value for name, value in terms.items())
+    loss = functools.reduce(jnp.add, [getattr(recipe, name) * value for name, value in terms.items()])
     return loss, terms
 
 
-def _digits(split: str) -> dict[str, jax.Array]:
+def _digits(split: Literal["train", "held_out"]) -> dict[str, jax.Array]:
     images, labels = load_digits(split)
     return {"digits": jnp.asarray(images), "labels": jnp.asarray(labels)}
 
