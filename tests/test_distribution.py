@@ -93,7 +93,7 @@ def test_the_metadata(built):
     assert found["License-Expression"] == "Apache-2.0"
     assert found["Description-Content-Type"] == "text/markdown"
     assert text.endswith((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert set(found.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "dev", "train"}
+    assert set(found.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "dev", "docs", "train"}
 
 
 @pytest.fixture(scope="module")
