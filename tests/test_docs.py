@@ -1,5 +1,6 @@
 """The pages say what is so: snippets run, commands parse, links lead somewhere, and docstrings fit signatures."""
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -65,6 +66,35 @@ def test_commands_parse(command):
     else:
         assert program == "sixbit"
         typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
+
+
+PROGRAMS = sorted(
+    {
+        command
+        for page in LINKING
+        for quoted in re.findall(r"`(python -m [^`]+)`", page.read_text(encoding="utf-8"))
+        for command in quoted.split("; ")
+    }
+)
+
+
+@pytest.mark.parametrize("command", [c for c in PROGRAMS if "benchmarks.rivals" not in c])  # which needs torch
+def test_programs_take_their_arguments(command, monkeypatch):
+    _, _, name, *arguments = shlex.split(command)
+    if name == "sixbit_jax.training":
+        typer.main.get_command(lookup(f"{name}.__main__.app")).commands[arguments[0]].make_context(name, arguments[1:])
+        return
+    parse = argparse.ArgumentParser.parse_args
+    parsed = []
+
+    def stop_behind(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+        parsed.append(parse(parser, argv))
+        raise InterruptedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_behind)
+    with pytest.raises(InterruptedError):
+        lookup(name).main(arguments)
+    assert parsed
 
 
 def anchors(page: Path) -> set[str]:
