@@ -16,6 +16,7 @@ def test_attention(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["implementation"] == "xla"
 
 
+@pytest.mark.slow
 def test_conversion(tmp_path):
     (row,) = conversion.main(["--models", "tiny", "--scratch", str(tmp_path), "--out", str(tmp_path / "c.json")])
     assert row.smaller > 1.5
@@ -23,6 +24,7 @@ def test_conversion(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] in (["c.json", "c.md"], ["c.md", "c.json"])
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     arguments = ["--models", "mini", "--steps", "5", "--shares", "0.4", "--out", str(tmp_path / "e.json")]
     rows = end_to_end.main(arguments)

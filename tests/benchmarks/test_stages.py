@@ -25,6 +25,7 @@ def check(row, frames, height, width, steps):
     assert row.sampling_s == pytest.approx(50 * row.step_ms / 1000, abs=0.002)
 
 
+@pytest.mark.slow
 def test_random_weights():
     model = stages.random_model(T5EncoderModel, T5)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks import formats
 from pallas_kernels.common import reference as codecs
 from pallas_kernels.rotate_quantize import reference
 
 
+@pytest.mark.slow
 def test_runs_and_says_the_same_twice(tmp_path):
     arguments = ["--rows", "4", "--size", "128", "--out-channels", "8", "--out", str(tmp_path / "formats.json")]
     formats.main(arguments)

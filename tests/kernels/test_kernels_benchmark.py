@@ -36,6 +36,7 @@ def test_command(tmp_path, capsys):
     assert text.count("| odd rows 7x384 |") == len(rows) - 1
 
 
+@pytest.mark.slow
 def test_whole_linears_are_compared_with_the_bfloat16_layer(tmp_path):
     out = tmp_path / "kernels.json"
     kernels.main(["--tiny", "--run-ms", "0.1", "--out", str(out), "--operations", "whole linear", "plain matmul"])

@@ -85,6 +85,7 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.count(" ms {") == 4
 
 
+@pytest.mark.slow
 def test_a_wrong_candidate_does_not_count(monkeypatch):
     """Whatever its time: a kernel that forgets the block scales."""
     right = pallas_triton.cast
