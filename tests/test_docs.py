@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import calibrated
+import huggingface_hub
 import jax
 import pytest
 import typer
 from flax import nnx
+from typer.testing import CliRunner
 
 from sixbit_jax import cli
 
@@ -66,6 +69,24 @@ def test_commands_parse(command):
     else:
         assert program == "sixbit"
         typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path, monkeypatch):
+    """In order and in one folder; the hub has a tiny model in the place of CogVideoX-5B."""
+    published = calibrated.write(tmp_path / "published")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(published))
+    (folder := tmp_path / "folder").mkdir()
+    monkeypatch.chdir(folder)
+    Path("prompts.txt").write_text("\n".join(calibrated.PROMPTS), encoding="utf-8")
+    for _, text in fences(ROOT / "README.md", "sh"):
+        for program, *arguments in (shlex.split(command, comments=True) for command in text.splitlines()):
+            if program == "sixbit":
+                with jax.numpy_dtype_promotion("standard"):
+                    done = CliRunner().invoke(cli.app, arguments)
+                assert done.exit_code == 0, done.output
+    assert {path.name for path in folder.glob("*.mp4")} == {"panda.mp4", "three.mp4"}
+    assert (folder / "cogvideox-5b-nvfp4" / "calibration.safetensors").is_file()
 
 
 PROGRAMS = sorted(
