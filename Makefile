@@ -27,7 +27,7 @@ test-slow: .venv/.installed
 
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)' --editable '.[dev]'
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)' --editable . beartype pytest pytest-xdist
 	touch $@
 
 # On a machine with an NVIDIA GPU; writes benchmarks/results/test_gpu_<device>.json. GPU_PYTHON=... takes a Python that

@@ -65,6 +65,7 @@ def decisions(router, skipper):
     return [list(column) for column in zip(*found, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_lane_is_a_run_of_the_sampler():
     """Routed, skipping and purified lanes against the real policies, video by video."""
     model, arguments, real = policies.make(True), policies.arguments(2), policies.POLICIES["sixbit"]

@@ -35,6 +35,7 @@ def test_random_weights():
     check(stages.measure("tiny", stages.random_pipeline(TINY, VAE, T5), 2), 5, 16, 16, 2)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     rows = stages.main(["--models", "mini", "--steps", "1", "--out", str(tmp_path / "new" / "stages.json")])
     check(rows[0], 17, 64, 64, 1)

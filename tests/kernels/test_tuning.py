@@ -66,6 +66,7 @@ def test_every_committed_file_holds_configurations_of_its_kernels():
                 config(**found["config"])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "new" / "tuned.json"
     arguments = ["--tiny", "--operations", "nvfp4_cast", "--most", "1", "--run-ms", "0.1", "--out", str(out)]

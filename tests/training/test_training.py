@@ -397,6 +397,7 @@ def test_reconstruction_loss_is_the_sum_of_its_terms(tiny_vae):
     assert all(float(term) > 0 for term in terms.values())
 
 
+@pytest.mark.slow
 def test_the_commands_train_and_export(tmp_path, monkeypatch, small_clips):
     optimizer = dataclasses.replace(OPTIMIZER, learning_rate=2e-3, steps_per_call=1)
     monkeypatch.setattr(
