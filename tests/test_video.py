@@ -1,11 +1,13 @@
 """Files that appear only when they are complete, and frames that survive the codec."""
 
 import base64
+import contextlib
 import fcntl
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -122,11 +124,26 @@ def test_places_that_cannot_be_written(tmp_path):
         video.check_writable(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_forbidden_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match=r"a\.mp4: cannot be written: .*Permission denied"):
-        video.check_writable(tmp_path / "a.mp4")
+@contextlib.contextmanager
+def without_privileges():
+    """Root may write everywhere, so root becomes another user."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_forbidden_folder():
+    with tempfile.TemporaryDirectory() as name:  # not pytest's, whose parents are root's alone
+        Path(name).chmod(0o555)
+        with without_privileges():
+            assert list(Path(name).iterdir()) == []
+            with pytest.raises(OSError, match=r"a\.mp4: cannot be written: .*Permission denied"):
+                video.check_writable(Path(name, "a.mp4"))
 
 
 WRITER = """if True:

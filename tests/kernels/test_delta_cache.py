@@ -18,7 +18,8 @@ from pallas_kernels.delta_cache import api, apply_delta, pallas_triton, referenc
 from pallas_kernels.rotate_quantize.reference import rotate_quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-FORMATS = ("16bit", "int8", "nvfp4")
+STORED = [("pallas_triton", "nvfp4"), *(("xla", format) for format in ("16bit", "int8", "nvfp4"))]
+"""What each implementation stores."""
 
 
 @pytest.fixture(params=api.STORE)
@@ -55,16 +56,10 @@ def on_device(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def skip_what_triton_refuses(implementation, format):
-    if implementation == "pallas_triton" and format != "nvfp4":
-        pytest.skip("the kernel stores deltas in NVFP4")
-
-
 @pytest.mark.parametrize("compare", [True, False])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("implementation", "format"), STORED, indirect=["implementation"])
 @pytest.mark.parametrize("shape", shapes.SMALL, ids=lambda s: s.name)
 def test_storing_is_the_definition(implementation, shape, format, compare):
-    skip_what_triton_refuses(implementation, format)
     arguments = problem(shape, format)
     found, sums = store_delta(*on_device(arguments), compare=compare, implementation=implementation)
     wanted, wanted_sums = reference.store_delta(*arguments, compare=compare)
@@ -76,10 +71,9 @@ def test_storing_is_the_definition(implementation, shape, format, compare):
             np.testing.assert_allclose(value, exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("implementation", "format"), STORED, indirect=["implementation"])
 @pytest.mark.parametrize("shape", shapes.SMALL, ids=lambda s: s.name)
 def test_adding_is_the_definition(implementation, shape, format):
-    skip_what_triton_refuses(implementation, format)
     x, _, stored = problem(shape, format)
     found = np.asarray(apply_delta(*on_device((x, stored)), implementation=implementation))
     # The delta's last product may be fused with the sum, and fall to the other side of a midpoint.
