@@ -57,12 +57,19 @@ def measure(shape: shapes.Shape, name: str, run: Callable[..., jax.Array], calls
     )
 
 
+def bounded(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """With what makes logits of normal rows certainly small: as a layer norm of queries and keys does."""
+    return attention(query, key, value, logit_bound=jnp.float32(query.shape[-1]), implementation="pallas_mosaic_gpu")
+
+
 def rows(which: tuple[shapes.Shape, ...], names: list[str], calls: int, candidates: bool) -> Iterator[Row]:
     """All rows."""
     for shape in which:
         runs: dict[str, Callable] = {
             name: lambda q, k, v, name=name: attention(q, k, v, implementation=name) for name in names
         }
+        if "pallas_mosaic_gpu" in names:
+            runs["pallas_mosaic_gpu, bounded logits"] = bounded
         if candidates:
             for config in pallas_mosaic_gpu.candidates(tokens=shape.tokens, head=shape.head):
                 runs[str(config)] = lambda q, k, v, c=config: pallas_mosaic_gpu.attention(q, k, v, config=c)

@@ -8,7 +8,8 @@ says of that program: arguments (weights included), temporaries and results toge
 
 Which blocks are skipped is prescribed here (all of them, at steps spread evenly), since random weights say
 nothing about when it is safe; everything that a live decision costs is in the program: the branch around each block,
-volatility and delta change of computed blocks, and the cache.
+volatility and delta change of computed blocks, and the cache. With `--bits`, that many mean bits come from running some
+of the blocks in NVFP4, in E4M3 operands on tensor cores that have no NVFP4.
 """
 
 import argparse
@@ -27,9 +28,11 @@ from benchmarks.stages import COGVIDEOX_SCHEDULER, random_model
 from sixbit_jax import Pipeline
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
+from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
 from sixbit_jax.precision import ConstantRouter, NeverSkip, PrecisionPolicy
 from sixbit_jax.precision.accounting import site_weights, summary
+from sixbit_jax.precision.routers import INT8, NVFP4, TableRouter
 from sixbit_jax.precision.types import Observation, Progress
 from sixbit_jax.qtensor import quantize_model
 from sixbit_jax.sampling import sampler, schedulers
@@ -86,10 +89,15 @@ class Row:
     compile_s: float
 
 
-def policies(cache: str, shares: list[float]) -> dict[str, PrecisionPolicy]:
+def policies(blocks: int, cache: str, shares: list[float], bits: list[float]) -> dict[str, PrecisionPolicy]:
     """Rows after bf16, by name."""
     router = ConstantRouter(route="int8")
     rows = {"INT8": PrecisionPolicy(router=router, skipper=NeverSkip())}
+    for wanted in bits:
+        routes = np.full((1, blocks, len(SITES)), INT8)
+        routes[:, np.linspace(0, blocks - 1, round(blocks * (8 - wanted) / 4)).round().astype(int)] = NVFP4
+        name = f"INT8 and NVFP4, {wanted:g} bits, fp8 carrier"
+        rows[name] = PrecisionPolicy(router=TableRouter.of(routes), skipper=NeverSkip(), carrier="fp8")
     for share in shares:
         name = f"INT8, {share:.0%} of the blocks skipped, cache {cache}"
         rows[name] = PrecisionPolicy(router=router, skipper=Prescribed(share=share), cache_format=cache)
@@ -149,13 +157,14 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
     )
 
 
-def rows(model: str, steps: int, caches: list[str], shares: list[float]) -> Iterator[Row]:
+def rows(model: str, steps: int, caches: list[str], shares: list[float], bits: list[float]) -> Iterator[Row]:
     """All rows of a model, bf16 first."""
     transformer = MODELS[model]()
     baseline = measure(model, "bf16", transformer, None, steps)
     yield baseline
     transformer = Split.of(quantize_model(transformer.merge()))
-    wanted = {name: policy for cache in caches for name, policy in policies(cache, shares).items()}
+    blocks = transformer.merge().config.num_layers
+    wanted = {name: policy for cache in caches for name, policy in policies(blocks, cache, shares, bits).items()}
     for name, policy in wanted.items():
         row = measure(model, name, transformer, policy, steps)
         yield dataclasses.replace(row, speed=round(baseline.step_ms / row.step_ms, 3))
@@ -179,13 +188,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mini"])
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of each run")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of skipped blocks")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of skipped blocks")
+    parser.add_argument(
+        "--bits", type=float, nargs="*", default=[], help="mean bits of a mix of INT8 and NVFP4, 4 to 8"
+    )
     parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the delta cache")
     parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     arguments = parser.parse_args(argv)
     found: list[Row] = []
     for model in arguments.models:
-        for row in rows(model, arguments.steps, arguments.caches, arguments.shares):
+        for row in rows(model, arguments.steps, arguments.caches, arguments.shares, arguments.bits):
             found.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     record.save(arguments.out, record.describe(program="benchmarks.end_to_end", argv=argv, rows=found), table(found))

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.fidelity --out benchmarks/fidelity` runs every row, which wants a GPU, and writes results.json,
 report.md and figures; `--clips` and `--seconds` make it smaller, the rows that matter most first, and `--tiny` runs a
-handful of rows on two prompts and four steps, on a CPU.
+handful of rows on two prompts and four steps, on a CPU. `--resume` goes on with a run that `--seconds` ended.
 
 Every setting of a row's policy is a traced value (`StudyRouter`, `StudySkipper`), so that most rows share one compiled
 program. The clips of a row run one after the other in it, so that decisions are those of each video, and only what is
@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import fidelity_report, record
 from benchmarks.fidelity_policies import StudyRouter, StudySkipper
-from benchmarks.fidelity_rows import TAUS, Spec, all_rows, few_rows
+from benchmarks.fidelity_rows import TAUS, Spec, all_rows, few_rows, formats
 from sixbit_jax import Pipeline, metrics
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
@@ -169,14 +169,18 @@ class Study:
         settings: what is run.
         solver: a key of `SOLVERS`.
         log: called with each line of progress.
+        earlier: rows of an earlier run with these settings, which are not run again.
     """
 
-    def __init__(self, settings: Settings, solver: str, log: Callable[[str], None]):
+    def __init__(
+        self, settings: Settings, solver: str, log: Callable[[str], None], earlier: Sequence[dict[str, Any]] = ()
+    ):
         self.settings, self.solver, self.log = settings, solver, log
         self.started = time.monotonic()
         self.fit: Fit | None = None
         self.programs = Programs()
-        self.rows: list[dict[str, Any]] = []
+        self.rows = list(earlier)
+        self.known_rows = {row["name"] for row in earlier}
         self.traces: dict[str, PrecisionTrace] = {}
         pipe = self.pipe = Pipeline.from_pretrained("mini")
         self.scheduler = dataclasses.replace(pipe.scheduler, class_name=SOLVERS[solver])
@@ -195,12 +199,13 @@ class Study:
 
     def complete(self) -> None:
         """Runs everything."""
-        self.reference()
         self.calibrate()
+        if not self.settings.tiny:
+            self._prepare(formats(self))  # compiles while the references run
+        self.reference()
         specs = sorted((few_rows if self.settings.tiny else all_rows)(self), key=lambda spec: spec.priority)
-        if jax.default_backend() != "cpu":
-            for spec in specs:
-                self.programs.prepare(run_lanes, *self._arguments(spec))
+        specs = [spec for spec in specs if spec.name not in self.known_rows]
+        self._prepare(specs)
         with ThreadPoolExecutor(self.settings.workers) as pool:
             for spec, done in zip(specs, pool.map(self.run, specs), strict=True):
                 if done is None:
@@ -208,6 +213,12 @@ class Study:
                     continue
                 seconds, latents, trace = done
                 self.keep(spec.name, spec.group, latents, seconds, trace=trace, **spec.details)
+
+    def _prepare(self, specs: Sequence[Spec]) -> None:
+        """Compiles in the background, where there is something else to run on meanwhile."""
+        if jax.default_backend() != "cpu":
+            for spec in specs:
+                self.programs.prepare(run_lanes, *self._arguments(spec))
 
     def _inputs(self, scenes: Sequence[Phrase], seed: int) -> tuple[jax.Array, sampler.Conditioning]:
         pipe, clips = self.pipe, len(scenes)
@@ -350,11 +361,15 @@ class Study:
             fewer = round(steps * (1 - share))
             runs[f"bf16, {fewer} steps"] = (self.models["plain"], bf16, fewer)
         for name, (model, conditioning, count) in runs.items():
+            if name in self.known_rows and name != "bf16":
+                continue
             began = time.monotonic()
             with jax.default_matmul_precision("highest" if model is single else "default"):
                 latents = jax.block_until_ready(sampler.sample(model, *self.schedule(count), noise, conditioning)[0])
             if name == "bf16":
                 self.latents, self.frames = latents, self.decode(latents)
+            if name in self.known_rows:
+                continue
             width = 32.0 if model is single else 16.0
             spent = {"mean_bits": width * count / steps, "mean_bits_computed": width, "skip_share": 0.0}
             self.keep(name, "reference", latents, time.monotonic() - began, **spent)
@@ -480,13 +495,34 @@ def _line(row: Mapping[str, Any]) -> str:
     )
 
 
+def setting(settings: Settings) -> dict[str, Any]:
+    """What rows must share to stand in one table, as results.json has it."""
+    varying = {"deadline", "workers"}
+    found = {name: value for name, value in dataclasses.asdict(settings).items() if name not in varying}
+    return found | {"guidance_scale": GUIDANCE}
+
+
+def earlier_rows(folder: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """Rows of results.json by solver.
+
+    Raises:
+        ValueError: if they are of other settings, device or versions; the message has both.
+    """
+    found = json.loads((folder / "results.json").read_text())
+    here = record.describe(program="benchmarks.fidelity", argv=[], rows=[], settings=setting(settings))
+    for name in ("device", "versions", "settings"):
+        if found[name] != here[name]:
+            raise ValueError(f"{folder / 'results.json'} is of the {name} {found[name]}, not {here[name]}")
+    return {solver: [row for row in found["rows"] if row["solver"] == solver] for solver in SOLVERS}
+
+
 def save(folder: Path, studies: Sequence[Study], argv: Sequence[str] | None) -> dict[str, Any]:
     """Writes results.json, of whatever there is by now."""
     result = record.describe(
         program="benchmarks.fidelity",
         argv=argv,
         rows=[row for study in studies for row in study.rows],
-        settings=dataclasses.asdict(studies[0].settings) | {"guidance_scale": GUIDANCE, "deadline": None},
+        settings=setting(studies[0].settings),
         calibration={
             study.solver: {
                 "correlation": np.round(study.fit.correlation, 4).tolist(),
@@ -511,6 +547,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--clips", type=int, default=96, help="held-out clips; a multiple of 48 weighs prompts equally")
     parser.add_argument("--seconds", type=float, help="start no row of a solver later than this; default: all rows")
     parser.add_argument("--workers", type=int, default=1, help="rows that run at once; a CPU's cores")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are in --out, and run the others")
     parser.add_argument("--tiny", action="store_true", help="a few rows, two clips, four steps")
     arguments = parser.parse_args(argv)
     settings = Settings(clips=arguments.clips, deadline=arguments.seconds or float("inf"), workers=arguments.workers)
@@ -518,13 +555,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if arguments.tiny:
         settings, solvers = Settings(clips=2, steps=4, calibration=1, tiny=True), solvers[:1]
     studies: list[Study] = []
+    earlier = earlier_rows(arguments.out, settings) if arguments.resume else {}
 
     def log(line: str) -> None:
         print(line, flush=True)
         save(arguments.out, studies, argv)
 
     for solver in solvers:
-        studies.append(Study(settings, solver, log))
+        studies.append(Study(settings, solver, log, earlier.get(solver, ())))
         studies[-1].complete()
     result = save(arguments.out, studies, argv)
     for study in studies:

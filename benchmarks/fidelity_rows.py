@@ -25,6 +25,8 @@ LATE = 12
 """Steps at the end whose quantisation noise nothing repairs any more."""
 PROMISE = (0.3, 5.0)
 """The whole method with 30 % of the blocks skipped; 5.6 bits if all others ran in INT8."""
+REGULAR = {2: "2nd", 3: "3rd"}
+"""Steps whose blocks are all skipped, whatever the activations do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def few_rows(study: "Study") -> list[Spec]:
 
 def all_rows(study: "Study") -> list[Spec]:
     """The study of one solver."""
-    return [*formats(study), *routing(study), *caching(study), *stacking(study)]
+    return [*formats(study), *routing(study), *caching(study), *stacking(study), *stepwise(study)]
 
 
 def formats(study: "Study") -> list[Spec]:
@@ -74,7 +76,7 @@ def formats(study: "Study") -> list[Spec]:
                 name=f"{name}, four over six",
                 policy=policy,
                 model="4/6",
-                **more | {"priority": 1 if route == "int8" else 3},
+                **more | {"priority": 2 if route == "int8" else 3},
             ),
             Spec(name=f"{name}, no Hadamard", policy=study.fixed(route), model="no Hadamard", **more),
         ]
@@ -110,7 +112,7 @@ def routing(study: "Study") -> list[Spec]:
 
 def caching(study: "Study") -> list[Spec]:
     """The cache in the bf16 model."""
-    specs, steps, blocks = [], study.settings.steps, study.config.num_layers
+    specs = []
     for share in SHARES:
         tau = study.solve(lambda value: study.cached(tau=value), lambda spent: spent.skip_share, share, TAUS)
         specs.append(
@@ -123,15 +125,20 @@ def caching(study: "Study") -> list[Spec]:
                 details={"tau": tau},
             )
         )
+    for n, name in REGULAR.items():
+        policy = study.cached(table=regular_skips(study, n))
+        specs.append(Spec(name=f"every {name} step skipped", group="caching", policy=policy, model="plain", priority=1))
+    return specs
+
+
+def regular_skips(study: "Study", n: int) -> np.ndarray:
+    """What `EveryNth` skips, bool [steps, blocks]."""
+    steps, blocks = study.settings.steps, study.config.num_layers
     computed = Observation(
         computed=jnp.ones((blocks, 1), bool), volatility=jnp.ones((blocks, 1)), delta_change=jnp.ones((blocks, 1))
     )
-    for n, name in ((2, "2nd"), (3, "3rd")):
-        progress = [Progress(step=jnp.asarray(step), steps=steps) for step in range(steps)]
-        skips = np.stack([EveryNth(n=n).decide(None, computed, at)[0][:, 0] for at in progress])
-        policy = study.cached(table=skips)
-        specs.append(Spec(name=f"every {name} step skipped", group="caching", policy=policy, model="plain", priority=3))
-    return specs
+    progress = [Progress(step=jnp.asarray(step), steps=steps) for step in range(steps)]
+    return np.stack([EveryNth(n=n).decide(None, computed, at)[0][:, 0] for at in progress])
 
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -145,7 +152,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "naive, INT8 in the last steps": (2, {"stale": True, "purify": False, "late": LATE}),
     "INT8 after a skip and in the last steps": (2, {"purify": False, "late": LATE}),
     "PDR, INT8 in the last steps": (1, {"late": LATE}),
-    "PDR, INT8 in the last steps, four over six": (1, {"late": LATE, "model": "4/6"}),
+    "PDR, INT8 in the last steps, four over six": (2, {"late": LATE, "model": "4/6"}),
     "PDR, one skip in a row": (4, {"max_skips": 1}),
     "PDR, four skips in a row": (4, {"max_skips": 4}),
     "PDR, warm-up of 10 steps": (4, {"warm_up": 10}),
@@ -198,4 +205,52 @@ def stacking(study: "Study") -> list[Spec]:
                     )
                     for route, format, how, model in SAME_FORMAT
                 ]
+    return specs
+
+
+def stepwise(study: "Study") -> list[Spec]:
+    """Whole steps skipped at a fixed rhythm, under quantisation; and TDC in INT8 at its own threshold."""
+    tau = study.solve(lambda value: study.policy("int8", tau=value), lambda spent: spent.skip_share, 0.3, TAUS)
+    own = Spec(
+        name="W4A8 + TDC, 30 % skipped",
+        group="stacking",
+        policy=study.policy("int8", tau=tau, purify=False),
+        details={"tau": tau},
+    )
+    specs = [own]
+    for n, name in REGULAR.items():
+        table = regular_skips(study, n)
+
+        def add(
+            what: str,
+            routes: str | None,
+            table: np.ndarray = table,
+            rhythm: str = name,
+            model: str = "quantised",
+            **more: Any,
+        ) -> None:
+            specs.append(
+                Spec(
+                    name=f"{what}, every {rhythm} step skipped",
+                    group="cache format" if "cache_format" in more else "improvements",
+                    policy=study.policy(routes, table=table, **more),
+                    model=model,
+                    priority=0 if routes == "int8" and model == "quantised" else 1,
+                )
+            )
+
+        add("W4A8", "int8")
+        for stored in ("int8", "nvfp4"):
+            add(f"W4A8, cache in {stored}", "int8", cache_format=stored)
+        add("W4A16", "16bit")
+        add("W4A8, PDR", "int8", purify=True)
+        add("W4A8, four over six", "int8", model="4/6")
+        for late, label in ((0, "DMPQ"), (LATE, f"DMPQ, INT8 in the last {LATE} steps")):
+            threshold = study.solve(
+                lambda value, late=late, table=table: study.policy(threshold=value, table=table, late=late),
+                lambda spent: spent.mean_bits,
+                5.0,
+                study.bounds(False),
+            )
+            add(f"{label}, 5 bits", None, threshold=threshold, late=late)
     return specs

@@ -5,9 +5,10 @@
 
 Data is random. The time of a call is that of many calls in one computation, on operands that are not in a cache (see
 `pallas_kernels.common.timer`). The ceilings are measured in the same run: a copy for what moves bytes, XLA's best plain
-matmul of that type for what multiplies. Configurations are the tuned ones of this device, or the heuristic's. Errors of
-an operation are relative L2 errors against its XLA implementation; those of a whole linear layer against the bfloat16
-layer with the stored weight, so they are what quantising the activation costs.
+matmul of that type for what multiplies. XLA takes what it finds fastest for a plain matmul in bfloat16 and INT8, and
+cuBLAS for one in FP8 and for the twins of ours (`CUBLAS`). Configurations are the tuned ones of this device, or the
+heuristic's. Errors of an operation are relative L2 errors against its XLA implementation; those of a whole linear layer
+against the bfloat16 layer with the stored weight, so they are what quantising the activation costs.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from pallas_kernels.scaled_matmul import shapes as matmul_shapes
 from pallas_kernels.workloads import Workload, everything, normal, packed
 
 COPY_BYTES = 2**29
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+"""XLA times hundreds of Triton programs for a product otherwise, for minutes if it is in FP8."""
 RATE_OF_TARGET = {"int8": "int8", "fp8": "fp8", "exact": "bfloat16", "bfloat16": "bfloat16"}
 LINEARS: dict[str, dict[str, Any] | None] = {
     "bfloat16 (XLA)": None,
@@ -53,6 +56,7 @@ class Job:
         limit: "copy" or a type of `RATE_OF_TARGET`'s values.
         reference: whether the errors of the group are taken against this one.
         alone: whether XLA compiles it by timing alternatives, so that nothing else may use the device.
+        options: of XLA's compiler.
     """
 
     operation: str
@@ -65,6 +69,7 @@ class Job:
     limit: str
     reference: bool = False
     alone: bool = False
+    options: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,7 @@ def workload_group(workload: Workload) -> Group:
             limit=RATE_OF_TARGET[workload.target] if matmul else "copy",
             reference=name == "xla",
             alone=name == "xla" and "matmul" in workload.operation,
+            options=CUBLAS if name == "xla" and "matmul" in workload.operation else None,
         )
         for name in workloads.implementations(workload.operation)
         if workload.refusal(name) is None
@@ -138,6 +144,7 @@ def plain_group(shape: str, m: int, n: int, k: int, target: str) -> Group:
         operations=2 * m * n * k if m > 16 else 0,
         limit=target if m > 16 else "copy",
         alone=True,
+        options=CUBLAS if target == "fp8" else None,
     )
     return Group(make=make, jobs=[job])
 
@@ -212,7 +219,11 @@ def run(todo: list[Group], *, run_ms: float, threads: int) -> list[dict]:
     def compile_one(job, spec):
         estimate = workloads.estimate_ms(job.bytes, job.operations)
         loop = timer.compile(
-            job.function, [spec] * workloads.count_sets(job.bytes), estimate_ms=estimate, run_ms=run_ms
+            job.function,
+            [spec] * workloads.count_sets(job.bytes),
+            estimate_ms=estimate,
+            run_ms=run_ms,
+            options=job.options,
         )
         # The memory of one call, where it is asked for.
         single = jax.jit(job.function).lower(*spec).compile() if job.operation == "whole linear" else None
@@ -339,11 +350,15 @@ def main(arguments: list[str] | None = None) -> None:
                 and options.only in group.jobs[0].shape
             )
         ]
-        rows = with_ratios(run(todo, run_ms=options.run_ms, threads=options.threads))
-    result = record.describe(program="benchmarks.kernels", argv=arguments, rows=rows)
-    text = markdown(result)
+        # Ceilings first, so that results can be kept after each operation.
+        operations = dict.fromkeys(group.jobs[0].operation for group in todo)
+        rows: list[dict] = []
+        for operation in sorted(operations, key=lambda name: (name != "copy", name != "plain matmul")):
+            chosen = [group for group in todo if group.jobs[0].operation == operation]
+            rows += run(chosen, run_ms=options.run_ms, threads=options.threads)
+            result = record.describe(program="benchmarks.kernels", argv=arguments, rows=with_ratios(rows))
+            record.save(options.out, result, text := markdown(result))
     print(text, end="")
-    record.save(options.out, result, text)
 
 
 if __name__ == "__main__":

@@ -60,13 +60,16 @@ class Stages:
 
 
 def random_model(module, config) -> Split:
-    """A model with random bfloat16 weights, made on the device one parameter at a time."""
+    """A model with random bfloat16 weights, those of norms about 1, made on the device one parameter at a time."""
     graph, abstract = nnx.split(
         nnx.eval_shape(lambda: module(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     )
-    leaves, structure = jax.tree.flatten(abstract)
+    leaves, structure = jax.tree.flatten_with_path(abstract)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    arrays = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    arrays = []
+    for key, (path, leaf) in zip(keys, leaves, strict=True):
+        noise = 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        arrays.append(1 + noise if "'scale'" in jax.tree_util.keystr(path) else noise)
     return Split(params=jax.tree.unflatten(structure, arrays), graph=graph)
 
 

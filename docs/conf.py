@@ -56,6 +56,7 @@ docs/method
 docs/formats
 docs/kernels
 docs/calibration
+docs/fidelity
 docs/performance
 docs/adding_a_model
 docs/errors

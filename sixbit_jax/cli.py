@@ -232,7 +232,7 @@ def generate(
     fps: Annotated[int, typer.Option(min=1)] = 8,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles; less memory.")] = False,
     quantization: Annotated[
-        str | None, typer.Option(help="w4a16, int8, nvfp4 or sixbit; default: the model as it is.")
+        str | None, typer.Option(help="w4a16, int8, nvfp4, int8-reuse or sixbit; default: the model as it is.")
     ] = None,
     target_mean_bits: Annotated[
         float | None, typer.Option(help="Of sixbit: mean activation bits, skipped blocks counted as 0.")

@@ -50,6 +50,13 @@ def test_one_route_by_name(bare, name, bits):
     assert result.summary.skip_share == 0
 
 
+def test_every_second_step_is_reused_by_name(bare):
+    bits = load(bare, "int8-reuse")("up", **CALL | {"num_inference_steps": 11}).trace.precision.bits
+    # Five steps of warm-up; then one computed, one taken from the cache; two of cool-down.
+    assert [bool((step == 0).all()) for step in bits] == [i in (6, 8) for i in range(11)]
+    assert {int(value) for value in np.unique(bits)} == {0, 8}
+
+
 def test_without_quantization_nothing_changes(model):
     pipe = Pipeline.from_pretrained(model, dtype=jnp.float32)
     result = pipe("up", num_inference_steps=2, output_type="latent")
@@ -137,7 +144,7 @@ def test_the_command_reports_and_saves_the_trace(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quantization", "fp8"], "unknown quantization 'fp8'; there are w4a16, int8, nvfp4, sixbit"),
+        (["--quantization", "fp8"], "unknown quantization 'fp8'; there are w4a16, int8, nvfp4, int8-reuse, sixbit"),
         (["--target-skip", 0.3], "goes with --quantization"),
         (["--quantization", "int8", "--target-mean-bits", 6, "--target-skip", 0.1], "met by skipping"),
         (["--quantization", "sixbit", "--target-skip", 0.99], "target_skip=0.99 cannot be met"),

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.attention import pallas_mosaic_gpu, xla
 from pallas_kernels.common.choice import Implementation, choose
@@ -19,6 +19,7 @@ def attention(
     key: Float[Array, "..."],
     value: Float[Array, "..."],
     *,
+    logit_bound: Float32[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "..."]:
     """softmax(query key^T / sqrt(head)) value, for each sample and head.
@@ -28,6 +29,9 @@ def attention(
 
     Args:
         query, key, value: [batch, tokens, heads, head], of one float dtype.
+        logit_bound: what no |query key^T| / sqrt(head) exceeds, as `norm_rotary.logit_bound` gives it; None if that is
+            not known. Where it is at most 69 the Mosaic kernel does without the running maximum of the softmax, which
+            is exact then, and faster.
         implementation: a name in `IMPLEMENTATIONS`, or None for the best one here.
 
     Returns:
@@ -42,17 +46,22 @@ def attention(
         raise ValueError(
             f"query, key and value must be [batch, tokens, heads, head], alike and not empty, found {', '.join(found)}"
         )
-    return choose("attention", IMPLEMENTATIONS, implementation, query, key, value)(query, key, value)
+    run = choose("attention", IMPLEMENTATIONS, implementation, query, key, value)
+    if run is pallas_mosaic_gpu.attention:
+        return pallas_mosaic_gpu.attention(query, key, value, logit_bound=logit_bound)
+    return run(query, key, value)
 
 
-def packed_attention(qkv: Float[Array, "..."], *, implementation: str | None = None) -> Float[Array, "..."]:
+def packed_attention(
+    qkv: Float[Array, "..."], *, logit_bound: Float32[Array, ""] | None = None, implementation: str | None = None
+) -> Float[Array, "..."]:
     """`attention` of queries, keys and values that are the three thirds of the heads of one array.
 
     The Mosaic kernel reads them where they are; the other implementations copy them apart.
 
     Args:
         qkv: [batch, tokens, 3 * heads, head].
-        implementation: as there.
+        logit_bound, implementation: as there.
 
     Returns:
         [batch, tokens, heads, head].
@@ -67,5 +76,5 @@ def packed_attention(qkv: Float[Array, "..."], *, implementation: str | None = N
     third = jax.ShapeDtypeStruct((batch, tokens, heads // 3, head), qkv.dtype)
     run = choose("attention", IMPLEMENTATIONS, implementation, third, third, third)
     if run is pallas_mosaic_gpu.attention:
-        return pallas_mosaic_gpu.packed_attention(qkv)
+        return pallas_mosaic_gpu.packed_attention(qkv, logit_bound=logit_bound)
     return run(*jnp.split(qkv, 3, axis=2))

@@ -4,24 +4,31 @@ FlashAttention-3 (arXiv 2407.08608) as JAX's own `attention_mgpu` has it, with w
 divide, and the scale. A block computes `warpgroups` tiles of queries against all keys. One more warpgroup copies keys
 and values to shared memory through TMA. Two warpgroups can take turns: one multiplies, the other does its softmax.
 
+Where no logit can be large (`LARGEST_LOGIT`), the softmax needs no running maximum: exp2 of a logit is then neither
+infinite nor lost, whatever the others are. Nothing is rescaled either, so that the values' product of one step and the
+keys' of the next follow each other on the tensor cores, and what is left of the softmax is one exp2 a weight.
+
 TMA reads zeros past the last token and writes nothing there; the keys past it are masked in the last step alone.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common import device
 
 Operand = jax.Array | jax.ShapeDtypeStruct
 REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
 """Registers of a thread that multiplies and of one that loads, by the number of warpgroups that multiply."""
+LARGEST_LOGIT = 100 / math.log2(math.e)
+"""Of logits whose softmax needs no maximum: weights are between 2^-100 and 2^100, and 2^24 of them can be added."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,25 +85,47 @@ def attention(
     key: Float[Array, "batch tokens heads head"],
     value: Float[Array, "batch tokens heads head"],
     *,
+    logit_bound: Float32[Array, ""] | None = None,
     config: Config | None = None,
 ) -> Float[Array, "batch tokens heads head"]:
     """See `api.attention`; `config` None takes the heuristic's."""
-    if config is None:
-        config = heuristic(tokens=query.shape[1], head=query.shape[3])
-    return _attention(query, key, value, heads=query.shape[2], first=(0, 0, 0), config=config)
+    operands, first = (query, key, value), (0, 0, 0)
+    return _bounded_or_not(operands, logit_bound, heads=query.shape[2], first=first, config=config)
 
 
 def packed_attention(
-    qkv: Float[Array, "batch tokens three_heads head"], *, config: Config | None = None
+    qkv: Float[Array, "batch tokens three_heads head"],
+    *,
+    logit_bound: Float32[Array, ""] | None = None,
+    config: Config | None = None,
 ) -> Float[Array, "batch tokens heads head"]:
     """See `api.packed_attention`; `config` None takes the heuristic's."""
-    _, tokens, heads, head = qkv.shape
-    heads //= 3
+    heads = qkv.shape[2] // 3
+    return _bounded_or_not((qkv,), logit_bound, heads=heads, first=(0, heads, 2 * heads), config=config)
+
+
+def _bounded_or_not(
+    operands: tuple[Array, ...],
+    logit_bound: Float32[Array, ""] | None,
+    *,
+    heads: int,
+    first: tuple[int, int, int],
+    config: Config | None,
+) -> Float[Array, "batch tokens heads head"]:
+    _, tokens, _, head = operands[0].shape
     config = config or heuristic(tokens=tokens, head=head)
-    return _attention(qkv, qkv, qkv, heads=heads, first=(0, heads, 2 * heads), config=config)
+
+    def run(*operands: Array, bounded: bool) -> Array:
+        query, key, value = operands * (3 // len(operands))
+        return _attention(query, key, value, heads=heads, first=first, config=config, bounded=bounded)
+
+    plain, bounded = (functools.partial(run, bounded=choice) for choice in (False, True))
+    if logit_bound is None or config.turns or operands[0].dtype == jnp.float16:  # 2^100 is infinite in float16
+        return plain(*operands)
+    return jax.lax.cond(logit_bound <= LARGEST_LOGIT, bounded, plain, *operands)
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "first", "config"))
+@functools.partial(jax.jit, static_argnames=("heads", "first", "config", "bounded"))
 def _attention(
     query: Float[Array, "batch tokens query_heads head"],
     key: Float[Array, "batch tokens key_heads head"],
@@ -105,16 +134,23 @@ def _attention(
     heads: int,
     first: tuple[int, int, int],
     config: Config,
+    bounded: bool,
 ) -> Float[Array, "batch tokens {heads} head"]:
     """`heads` heads of each operand, from its `first` on."""
     batch, tokens, _, head = query.shape
     steps = pl.cdiv(tokens, config.keys)
     stages = min(config.stages, steps)
-    kernel = functools.partial(
-        _kernel, config=config, first=first, tokens=tokens, head=head, steps=steps, stages=stages, dtype=query.dtype
+    attend = functools.partial(
+        _attend_bounded if bounded else _attend,
+        config=config,
+        tokens=tokens,
+        head=head,
+        steps=steps,
+        stages=stages,
+        dtype=query.dtype,
     )
     return plgpu.kernel(
-        kernel,
+        functools.partial(_kernel, attend=attend, config=config, first=first, steps=steps, stages=stages),
         out_type=jax.ShapeDtypeStruct((batch, tokens, heads, head), query.dtype),
         scratch_types={
             "tile": _swizzled((config.warpgroups, config.rows, head), query.dtype),
@@ -145,13 +181,11 @@ def _kernel(
     value,
     out,
     *,
+    attend: Callable,
     config: Config,
     first: tuple[int, int, int],
-    tokens: int,
-    head: int,
     steps: int,
     stages: int,
-    dtype,
     **smem,
 ):
     """A block: `warpgroups` tiles of queries of one sample and head."""
@@ -184,14 +218,25 @@ def _kernel(
         rows = pl.ds(row, config.rows)
         plgpu.copy_gmem_to_smem(query.at[sample, rows, first[0] + number], tile, smem["queries_loaded"].at[warpgroup])
         plgpu.barrier_wait(smem["queries_loaded"].at[warpgroup])
-        result = _attend(tile, warpgroup, smem, config, tokens, head, steps, stages, dtype)
-        tile[...] = result.astype(dtype)
+        tile[...] = attend(tile, warpgroup, smem).astype(query.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, out.at[sample, rows, number])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(tile, warpgroup, smem: dict, config: Config, tokens: int, head: int, steps: int, stages: int, dtype):
+def _zeros(shape: tuple[int, ...], layout) -> Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def _inside(shape: tuple[int, int], step: Array, config: Config, tokens: int) -> Array:
+    """Which of a step's keys there are, for each of its logits."""
+    position = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + step * config.keys
+    return position < tokens
+
+
+def _attend(
+    tile, warpgroup, smem: dict, *, config: Config, tokens: int, head: int, steps: int, stages: int, dtype: jnp.dtype
+):
     """One warpgroup's queries against all keys -> float32 [rows, head].
 
     The running maximum is kept in units of log2, so that a weight is one multiply-add and one exp2.
@@ -218,8 +263,7 @@ def _attend(tile, warpgroup, smem: dict, config: Config, tokens: int, head: int,
         logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
         plgpu.barrier_arrive(smem["keys_read"].at[slot])
         if masked:
-            position = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + index * config.keys
-            logits = jnp.where(position < tokens, logits, -jnp.inf)
+            logits = jnp.where(_inside(shape, index, config, tokens), logits, -jnp.inf)
 
         new_largest = jnp.maximum(largest, logits.max(axis=1) * scale)
         shrink = jnp.exp2(largest - new_largest)
@@ -245,9 +289,9 @@ def _attend(tile, warpgroup, smem: dict, config: Config, tokens: int, head: int,
     if config.turns:
         pl.when(warpgroup == 1)(next_turn)
     carry = (
-        plgpu.layout_cast(jnp.zeros((config.rows, head), jnp.float32), plgpu.Layout.WGMMA),
+        _zeros((config.rows, head), plgpu.Layout.WGMMA),
         plgpu.layout_cast(jnp.full((config.rows,), -jnp.inf, jnp.float32), by_row),
-        plgpu.layout_cast(jnp.zeros((config.rows,), jnp.float32), by_row),
+        _zeros((config.rows,), by_row),
     )
     whole = tokens // config.keys
     carry = jax.lax.fori_loop(0, whole, step, carry)
@@ -256,4 +300,47 @@ def _attend(tile, warpgroup, smem: dict, config: Config, tokens: int, head: int,
     if config.turns:
         pl.when(warpgroup == 0)(next_turn)
     mixed, _, total = carry
+    return mixed * jax.lax.broadcast_in_dim(1 / total, mixed.shape, [0])
+
+
+def _attend_bounded(
+    tile, warpgroup, smem: dict, *, config: Config, tokens: int, head: int, steps: int, stages: int, dtype: jnp.dtype
+):
+    """As `_attend`, of logits of at most `LARGEST_LOGIT`."""
+    scale = math.log2(math.e) / math.sqrt(head)
+    shape = (config.rows, config.keys)
+    whole = tokens // config.keys
+
+    def over_keys(mixed):
+        def step(index, total, *, masked: bool = False):
+            slot = jax.lax.rem(index, stages)
+            plgpu.barrier_wait(smem["keys_loaded"].at[slot])
+
+            def multiply_keys(accumulators):
+                plgpu.wgmma(accumulators, tile, smem["keys"].at[slot].transpose((1, 0)))
+                return accumulators[...]  # waits for this product and the last step's values
+
+            logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
+            plgpu.barrier_arrive(smem["keys_read"].at[slot])
+
+            @pl.when(index > 0)
+            def _():
+                plgpu.barrier_arrive(smem["values_read"].at[jax.lax.rem(index + stages - 1, stages)])
+
+            weights = jnp.exp2(logits * scale)
+            if masked:
+                weights = jnp.where(_inside(shape, index, config, tokens), weights, 0.0)
+            total = total + weights.sum(axis=1)
+            # Keeps the arithmetic above on this side of the barrier.
+            total, rounded = jax.lax.optimization_barrier((total, weights.astype(dtype)))
+            plgpu.barrier_wait(smem["values_loaded"].at[slot])
+            plgpu.wgmma(mixed, rounded, smem["values"].at[slot])
+            return total
+
+        total = jax.lax.fori_loop(0, whole, step, _zeros((config.rows,), plgpu.Layout.WGMMA.reduce(1)))
+        if whole < steps:
+            total = step(jnp.int32(whole), total, masked=True)
+        return mixed[...], total
+
+    mixed, total = pl.run_scoped(over_keys, plgpu.ACC((config.rows, head), jnp.float32))
     return mixed * jax.lax.broadcast_in_dim(1 / total, mixed.shape, [0])

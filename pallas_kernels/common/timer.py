@@ -11,7 +11,8 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,14 @@ class Program:
     calls: int
 
 
-def compile(function: Callable, sets: Sequence[tuple], *, estimate_ms: float, run_ms: float = 10.0) -> Program:
+def compile(
+    function: Callable,
+    sets: Sequence[tuple],
+    *,
+    estimate_ms: float,
+    run_ms: float = 10.0,
+    options: Mapping[str, Any] | None = None,
+) -> Program:
     """Compiles the program that times `function(*arguments)`.
 
     Args:
@@ -58,9 +66,14 @@ def compile(function: Callable, sets: Sequence[tuple], *, estimate_ms: float, ru
         sets: of arguments, taken in turn, or their shapes.
         estimate_ms: about how long a call takes; too small a figure makes a run longer, not wrong.
         run_ms: about how long a run is to take.
+        options: of XLA's compiler.
     """
     rounds = max(1, math.ceil(run_ms / max(estimate_ms, 1e-3) / len(sets)))
-    run = jax.jit(functools.partial(_repeat, function, rounds=rounds)).lower(list(sets)).compile()
+    run = (
+        jax.jit(functools.partial(_repeat, function, rounds=rounds))
+        .lower(list(sets))
+        .compile(dict(options) if options else None)
+    )
     return Program(run=run, calls=rounds * len(sets))
 
 

@@ -1,6 +1,7 @@
 """Layer norm of queries and keys, and rotary positions, in one operation."""
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common.choice import Implementation, choose
 from pallas_kernels.norm_rotary import pallas_triton, xla
@@ -50,3 +51,25 @@ def norm_rotary(
             raise ValueError(f"{name} must be two of {wanted} for qkv of {qkv.shape}, found {[p.shape for p in pair]}")
     options = {"query": query, "key": key, "rotary": rotary, "epsilon": epsilon}
     return choose("norm_rotary", IMPLEMENTATIONS, implementation, qkv, **options)(qkv, **options)
+
+
+def logit_bound(
+    query: tuple[Float[Array, " head"], Float[Array, " head"]], key: tuple[Float[Array, " head"], Float[Array, " head"]]
+) -> Float32[Array, ""]:
+    """What no |query key^T| / sqrt(head) of rows that `norm_rotary` gives exceeds, whatever the rows are.
+
+    By Cauchy and Schwarz: a normalised row is no longer than sqrt(head), and a rotation keeps the length of each pair
+    of neighbouring features. For scales of 1 without biases it is sqrt(head).
+
+    Args:
+        query, key: (scale, bias) of the norm, each [head].
+    """
+    (q_scale, q_bias), (k_scale, k_bias) = (
+        [jnp.abs(part.astype(jnp.float32)).reshape(-1, 2) for part in pair] for pair in (query, key)
+    )
+    q_scale, k_scale = q_scale.max(1), k_scale.max(1)
+    q_bias, k_bias = jnp.linalg.norm(q_bias, axis=1), jnp.linalg.norm(k_bias, axis=1)
+    length = (2 * q_scale.size) ** 0.5
+    mixed = jnp.linalg.norm(q_scale * k_bias) + jnp.linalg.norm(k_scale * q_bias)
+    rounding = 1 + 2.0**-7  # of queries and keys to 16 bit
+    return rounding * ((q_scale * k_scale).max() * length + mixed + (q_bias * k_bias).sum() / length)

@@ -13,7 +13,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.attention import packed_attention
-from pallas_kernels.norm_rotary import norm_rotary
+from pallas_kernels.norm_rotary import logit_bound, norm_rotary
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models import positions
 from sixbit_jax.models.layers import LayerNorm, stack
@@ -80,16 +80,17 @@ class CogVideoXBlock(nnx.Module):
     def attend(self, qkv: Float[Array, "batch tokens three_dim"], context: BlockContext) -> Float[Array, "..."]:
         """Self-attention of projected rows -> [batch, tokens, dim], before the output projection."""
         batch, tokens, _ = qkv.shape
+        query, key = ((norm.scale[...], norm.bias[...]) for norm in (self.norm_q, self.norm_k))
         with jax.named_scope("norm_rotary"):
             qkv = norm_rotary(
                 qkv.reshape(batch, tokens, 3 * self.heads, -1),
-                query=(self.norm_q.scale[...], self.norm_q.bias[...]),
-                key=(self.norm_k.scale[...], self.norm_k.bias[...]),
+                query=query,
+                key=key,
                 rotary=context.rotary,
                 epsilon=self.norm_q.epsilon,
             )
         with jax.named_scope("attention"):
-            return packed_attention(qkv).reshape(batch, tokens, -1)
+            return packed_attention(qkv, logit_bound=logit_bound(query, key)).reshape(batch, tokens, -1)
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], context: BlockContext, linears: Linears = PLAIN

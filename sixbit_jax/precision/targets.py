@@ -32,7 +32,7 @@ from sixbit_jax.precision.calibration import Calibration, OperatingPoints
 from sixbit_jax.precision.linears import BITS
 from sixbit_jax.precision.measuring import LOW_BIT, STORED, Measured
 from sixbit_jax.precision.routers import ConstantRouter, CostAwareRouter, VolatilityRouter
-from sixbit_jax.precision.skippers import DeltaSkipper, NeverSkip
+from sixbit_jax.precision.skippers import DeltaSkipper, EveryNth, NeverSkip
 from sixbit_jax.precision.types import Observation, Progress, nothing_observed
 from sixbit_jax.qtensor import ROUTES
 
@@ -57,7 +57,9 @@ class QuantizationConfig:
         target_mean_bits: mean activation width, weighted by multiply-adds, skipped blocks counted as zero.
         error_threshold: of the router, instead of a target.
         target_skip: share of all blocks of all steps that are skipped; 0 for none.
-        skip_threshold: of the delta cache, instead of a target. Without any of the two nothing is skipped.
+        skip_threshold: of the delta cache, instead of a target.
+        skip_every: skip all blocks at every so-manieth step instead, whatever the activations do (`EveryNth`); at
+            least 2. Without any of the three nothing is skipped.
         target_psnr: dB against the 16-bit route: the fewest bits that reach it, of what calibration measured.
         max_skips, warm_up, cool_down: of the delta cache, see `DeltaSkipper`.
         outlier_limit: of the purified refresh, see `PrecisionPolicy`; None turns it off.
@@ -79,6 +81,7 @@ class QuantizationConfig:
     error_threshold: float | None = None
     target_skip: float | None = None
     skip_threshold: float | None = None
+    skip_every: int | None = None
     target_psnr: float | None = None
     max_skips: int = 2
     warm_up: int = 5
@@ -101,12 +104,16 @@ class QuantizationConfig:
         for name, low, high in (("target_mean_bits", 0, 16), ("target_skip", 0, 1)):
             if (found := getattr(self, name)) is not None and not low <= found <= high:
                 raise ArgumentError(f"{name}={found} must be between {low} and {high}")
-        routed, free = self.activations == "routed", self.target_skip is None and self.skip_threshold is None
+        routed = self.activations == "routed"
+        free = self.target_skip is None and self.skip_threshold is None and self.skip_every is None
         for one, other in (
             ("target_skip", "skip_threshold"),
+            ("target_skip", "skip_every"),
+            ("skip_threshold", "skip_every"),
             ("target_psnr", "target_mean_bits"),
             ("target_psnr", "error_threshold"),
             ("target_psnr", "skip_threshold"),
+            ("target_psnr", "skip_every"),
             ("target_mean_bits", "error_threshold"),
         ):
             if getattr(self, one) is not None and getattr(self, other) is not None:
@@ -121,9 +128,11 @@ class QuantizationConfig:
             raise ArgumentError(f'target_psnr is for activations="routed", not {self.activations!r}')
         if not routed and self.target_mean_bits is not None and not free:
             raise ArgumentError(
-                f"with activations={self.activations!r}, target_mean_bits is met by skipping: give no target_skip or"
-                " skip_threshold beside it"
+                f"with activations={self.activations!r}, target_mean_bits is met by skipping: give no target_skip,"
+                " skip_threshold or skip_every beside it"
             )
+        if self.skip_every is not None and self.skip_every < 2:
+            raise ArgumentError(f"skip_every={self.skip_every} must be at least 2: a block is computed, then reused")
         if self.max_skips < 1 or self.warm_up < 1 or self.cool_down < 0:
             raise ArgumentError(
                 f"max_skips={self.max_skips} and warm_up={self.warm_up} must be at least 1, cool_down={self.cool_down}"
@@ -151,9 +160,11 @@ NAMED = {
     "w4a16": QuantizationConfig(activations="16bit"),
     "int8": QuantizationConfig(activations="int8"),
     "nvfp4": QuantizationConfig(activations="nvfp4"),
+    "int8-reuse": QuantizationConfig(activations="int8", skip_every=2, outlier_limit=None),
     "sixbit": QuantizationConfig(target_mean_bits=6.0, target_skip=0.3),
 }
-"""What `Pipeline.from_pretrained(quantization=...)` knows by name: weights only, W4A8, W4A4, and the method."""
+"""What `Pipeline.from_pretrained(quantization=...)` knows by name: weights only, W4A8, W4A4, W4A8 with every second
+step's blocks taken from the cache, and the paper's method."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -374,7 +385,7 @@ def with_thresholds(policy: PrecisionPolicy, *, skip: float, error: float) -> Pr
 
 
 def policy_of(config: QuantizationConfig, calibration: Calibration | None, *, skips: bool) -> PrecisionPolicy:
-    """The policy of a configuration, its thresholds still to be set; `skips`: whether it has a delta cache."""
+    """The policy of a configuration, its thresholds still to be set; `skips`: whether a threshold decides to skip."""
     zero = jnp.asarray(0.0, jnp.float32)
     if config.activations == "routed":
         assert calibration is not None
@@ -384,11 +395,11 @@ def policy_of(config: QuantizationConfig, calibration: Calibration | None, *, sk
         router = ConstantRouter(route=config.activations)
     if config.hardware_aware:
         router = CostAwareRouter.of(router, route_costs())
-    skipper = NeverSkip()
-    if skips:
-        skipper = DeltaSkipper(
-            threshold=zero, max_skips=config.max_skips, warm_up=config.warm_up, cool_down=config.cool_down
-        )
+    skipper, window = NeverSkip(), {"warm_up": config.warm_up, "cool_down": config.cool_down}
+    if config.skip_every is not None:
+        skipper = EveryNth(n=config.skip_every, **window)
+    elif skips:
+        skipper = DeltaSkipper(threshold=zero, max_skips=config.max_skips, **window)
     return PrecisionPolicy(
         router=router,
         skipper=skipper,
@@ -415,7 +426,8 @@ def _solve(config: QuantizationConfig, calibration: Calibration | None, steps: i
         config = cheapest(config, calibration.points)
     one_route = config.activations != "routed" or (config.hardware_aware and route_costs()["nvfp4"] >= 1)
     bits = config.target_mean_bits
-    by_skipping = bits is not None and one_route and config.target_skip is None and config.skip_threshold is None
+    free = config.target_skip is None and config.skip_threshold is None and config.skip_every is None
+    by_skipping = bits is not None and one_route and free
     skips = bool(config.target_skip) or config.skip_threshold is not None or by_skipping
     policy = policy_of(config, calibration, skips=skips)
     if calibration is None:

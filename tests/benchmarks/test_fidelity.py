@@ -141,6 +141,10 @@ def test_tiny_study(tmp_path):
     assert all(f"| {name} |" in text for name in rows)
     assert record["command"].startswith("python -m benchmarks.fidelity --tiny --out ")
     assert (tmp_path / "study" / "trace_ddim.png").exists()
+    resumed = fidelity.main(["--tiny", "--resume", "--out", str(tmp_path / "study")])
+    assert resumed["rows"] == record["rows"]
+    with pytest.raises(ValueError, match=r"'clips': 2.*'clips': 4"):
+        fidelity.main(["--clips", "4", "--resume", "--out", str(tmp_path / "study")])
 
 
 def make_row(name, group, psnr, bits=6.0, skipped=0.0, accuracy=1.0):

@@ -26,11 +26,11 @@ def test_conversion(tmp_path):
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path):
-    arguments = ["--models", "mini", "--steps", "5", "--shares", "0.4", "--out", str(tmp_path / "e.json")]
-    rows = end_to_end.main(arguments)
-    assert [row.name.split(",")[0] for row in rows] == ["bf16", "INT8", "INT8"]
-    assert [row.skip_share for row in rows] == [0, 0, 0.4]
-    assert [row.mean_bits for row in rows] == [16, 8, 4.8]
+    arguments = ["--models", "mini", "--steps", "5", "--shares", "0.4", "--bits", "6"]
+    rows = end_to_end.main([*arguments, "--out", str(tmp_path / "e.json")])
+    assert [row.name.split(",")[0] for row in rows] == ["bf16", "INT8", "INT8 and NVFP4", "INT8"]
+    assert [row.skip_share for row in rows] == [0, 0, 0, 0.4]
+    assert [row.mean_bits for row in rows] == [16, 8, 6, 4.8]
     assert rows[0].weights_gib > 2 * rows[1].weights_gib
     assert "16.0" in (tmp_path / "e.md").read_text()
 

@@ -61,3 +61,24 @@ def test_packed_attention_is_attention(tokens, head):
     wanted = attention(*parts, implementation="cudnn").astype(jnp.float32)
     error = jnp.linalg.norm(found.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
     assert error < 5e-3
+
+
+@pytest.mark.parametrize(("tokens", "head"), [(1000, 64), (1024, 64), (2048, 128), (17_776, 64)])
+@pytest.mark.parametrize("largest", [1.0, 60.0])
+def test_attention_without_a_running_maximum_is_attention(tokens, head, largest):
+    qkv = normal(0, 2, tokens, 9, head)
+    # Queries and keys that are as long as they can be with logits of that size, which the first of them reach.
+    paired = qkv[:, :, :6].astype(jnp.float32)
+    paired = paired.at[:, 0, 3:].set(paired[:, 0, :3])
+    paired *= (largest * head**0.5) ** 0.5 / jnp.linalg.norm(paired, axis=-1, keepdims=True)
+    qkv = jnp.concatenate([paired.astype(jnp.bfloat16), qkv[:, :, 6:]], axis=2)
+    plain = packed_attention(qkv, implementation="pallas_mosaic_gpu")
+    large, small = (
+        packed_attention(qkv, logit_bound=jnp.float32(bound), implementation="pallas_mosaic_gpu")
+        for bound in (70.0, largest * 1.01)
+    )
+    np.testing.assert_array_equal(large.astype(jnp.float32), plain.astype(jnp.float32))
+    wanted = attention(*jnp.split(qkv, 3, axis=2), implementation="cudnn").astype(jnp.float32)
+    for found in (plain, small):
+        error = jnp.linalg.norm(found.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
+        assert error < 5e-3

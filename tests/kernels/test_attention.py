@@ -93,3 +93,24 @@ def test_vmap():
     q, k, v = (x[:, None] for x in operands(shapes.SMALL[1], "float32"))
     found = jax.vmap(lambda q, k, v: attention(q, k, v, implementation="xla"))(q, k, v)
     np.testing.assert_allclose(found[:, 0], attention(q[:, 0], k[:, 0], v[:, 0]), rtol=0, atol=1e-6)
+
+
+def test_bounded_logits_lower_for_an_h100_beside_any_others():
+    qkv = jax.ShapeDtypeStruct((2, 17_776, 9, 64), jnp.bfloat16)
+    bound = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def run(qkv, bound):
+        return pallas_mosaic_gpu.packed_attention(qkv, logit_bound=bound)
+
+    text = lowered(run, qkv, bound)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    assert text.count("stablehlo.case") == 1
+    assert "stablehlo.slice" not in text
+    half = jax.ShapeDtypeStruct(qkv.shape, jnp.float16)
+    assert lowered(run, half, bound).count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+def test_a_bound_changes_nothing_elsewhere():
+    q, k, v = operands(shapes.SMALL[1], "bfloat16")
+    found = attention(q, k, v, logit_bound=jnp.float32(8))
+    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in (found, attention(q, k, v))))

@@ -10,7 +10,7 @@ import pytest
 from h100 import lowered
 
 from pallas_kernels.common import device
-from pallas_kernels.norm_rotary import norm_rotary, pallas_triton, reference, shapes
+from pallas_kernels.norm_rotary import logit_bound, norm_rotary, pallas_triton, reference, shapes
 from pallas_kernels.norm_rotary.api import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -108,3 +108,45 @@ def test_bad_calls():
         norm_rotary(qkv, **call, implementation="pallas_triton")
     with device.interpret(), pytest.raises(NotImplementedError, match="not 48"):
         norm_rotary(qkv[..., :48], query=(jnp.ones(48),) * 2, key=(jnp.ones(48),) * 2, implementation="pallas_triton")
+
+
+def bound_of(*norms):
+    return float(logit_bound(*(tuple(jnp.asarray(x, jnp.float32) for x in norm) for norm in norms)))
+
+
+def largest_logit(query, key):
+    """Of normalised and rotated rows, found by a random ascent from many starts."""
+    rng = np.random.default_rng(0)
+    head, starts = query[0].size, 64
+
+    def logit(rows, angle):
+        normed = rows - rows.mean(-1, keepdims=True)
+        normed /= np.sqrt((normed**2).mean(-1, keepdims=True))
+        q, k = (x * norm[0] + norm[1] for x, norm in zip(normed, (query, key), strict=True))
+        pairs = (q[..., ::2] + 1j * q[..., 1::2]) * np.exp(1j * angle)
+        return (pairs * np.conj(k[..., ::2] + 1j * k[..., 1::2])).real.sum(-1) / np.sqrt(head)
+
+    along = np.stack([key[0] * key[1], query[0] * query[1]])[:, None]
+    rows = rng.standard_normal((2, starts, head)) + rng.uniform(0, 5, (2, starts, 1)) * along
+    angle = np.zeros((starts, head // 2))
+    best = logit(rows, angle)
+    for size in np.geomspace(1, 0.03, 400):
+        moved = rows + size * rng.standard_normal(rows.shape), angle + size * rng.standard_normal(angle.shape)
+        found = logit(*moved)
+        better = found > best
+        rows, angle = (np.where(better[:, None], new, old) for new, old in zip(moved, (rows, angle), strict=True))
+        best = np.maximum(best, found)
+    return best.max()
+
+
+@pytest.mark.parametrize("head", [4, 16])
+@pytest.mark.parametrize("kind", ["ones", "scales", "biases", "both"])
+def test_no_logit_exceeds_the_bound(head, kind):
+    rng = np.random.default_rng(head)
+    ones, zeros = np.ones((2, head)), np.zeros((2, head))
+    scales = rng.uniform(0.2, 3, (2, head)) if kind in ("scales", "both") else ones
+    biases = rng.normal(0, 2, (2, head)) if kind in ("biases", "both") else zeros
+    found, bound = largest_logit(*zip(scales, biases, strict=True)), bound_of(*zip(scales, biases, strict=True))
+    assert 0.5 * bound < found <= bound
+    if kind != "ones":
+        assert found > bound_of(*zip(ones if kind == "scales" else scales, zeros, strict=True))

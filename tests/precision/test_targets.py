@@ -12,7 +12,15 @@ from sixbit_jax.calibrate import calibrate
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.pipeline import MINI_MODEL
-from sixbit_jax.precision import ConstantRouter, CostAwareRouter, DeltaSkipper, NeverSkip, PrecisionPolicy, targets
+from sixbit_jax.precision import (
+    ConstantRouter,
+    CostAwareRouter,
+    DeltaSkipper,
+    EveryNth,
+    NeverSkip,
+    PrecisionPolicy,
+    targets,
+)
 from sixbit_jax.precision.calibration import Calibration, Fingerprint, OperatingPoints
 from sixbit_jax.precision.measuring import Measured
 from sixbit_jax.precision.targets import NAMED, QuantizationConfig, bisect, cheapest, resampled, simulated_bits, solve
@@ -96,6 +104,18 @@ def test_no_calibration_is_an_error_that_names_the_command():
     )
 
 
+def test_a_fixed_rhythm_needs_no_calibration_and_leaves_bits_to_the_router(synthetic):
+    policy = solve(NAMED["int8-reuse"], None, STEPS)
+    assert policy.skipper == EveryNth(n=2)
+    assert (policy.router, policy.outlier_limit) == (ConstantRouter(route="int8"), None)
+    config = QuantizationConfig(target_mean_bits=5.5, skip_every=3, warm_up=2)
+    policy = solve(config, synthetic, STEPS)
+    assert policy.skipper == EveryNth(n=3, warm_up=2)
+    spent = spends(policy, synthetic)
+    assert spent.mean_bits == pytest.approx(5.5, abs=0.1)
+    assert 0.1 < spent.skip_share < 1 / 3
+
+
 def test_raw_thresholds_are_kept(synthetic):
     policy = solve(QuantizationConfig(error_threshold=0.07, skip_threshold=0.2, max_skips=3), synthetic, STEPS)
     assert (policy.router.threshold, policy.skipper.threshold) == (np.float32(0.07), np.float32(0.2))
@@ -118,12 +138,15 @@ def test_raw_thresholds_are_kept(synthetic):
         ({"activations": "int8", "error_threshold": 0.1}, "error_threshold is for activations"),
         ({"activations": "int8", "target_mean_bits": 6, "target_skip": 0.2}, "is met by skipping"),
         ({"activations": "int8", "max_skips": 0}, "must be at least 1"),
+        ({"activations": "int8", "skip_every": 1}, "skip_every=1 must be at least 2"),
+        ({"activations": "int8", "skip_every": 2, "skip_threshold": 0.1}, "skip_threshold or skip_every"),
+        ({"activations": "int8", "skip_every": 2, "target_mean_bits": 4.5}, "is met by skipping"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ArgumentError, match=message):
         QuantizationConfig(**settings)
-    with pytest.raises(ArgumentError, match="w4a16, int8, nvfp4, sixbit"):
+    with pytest.raises(ArgumentError, match="w4a16, int8, nvfp4, int8-reuse, sixbit"):
         QuantizationConfig.named("w8a8")
 
 
