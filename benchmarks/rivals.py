@@ -1,4 +1,4 @@
-"""What a CogVideoX user could run instead: diffusers in torch, eager, compiled, and compiled with INT8 linears.
+"""What a CogVideoX user could run instead: torch diffusers, eager, compiled, with INT8 or FP8 linears, with its caches.
 
 `python -m benchmarks.rivals --models 5b --out benchmarks/results/rivals_<device>.json`
 
@@ -8,10 +8,13 @@ forward of the transformer on a batch of two (with the prompt and without), 49 f
 elementwise operations on the latents are left out; beside the transformer they cost nothing.
 
 The first call of a row compiles, from empty caches; after a second one, `--calls` calls are timed, each synchronised,
-and their median reported. A row that cannot run here is named with the reason, and no other takes its place.
+and their median reported. A cache is given steps of which every third repeats the one before, so that it reuses there;
+its figure is the median of the means of three, and what it left out is counted. A row that cannot run here is named
+with the reason, and no other takes its place.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,20 +47,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rival:
-    """One way to run a model: compiled or eager, attention by cuDNN or as torch chooses, linears in INT8 or not."""
+    """One way to run a model.
+
+    Attributes:
+        compiled: or eager.
+        cudnn: attention by cuDNN, or as torch chooses.
+        linears: of the blocks: "bf16", or through torchao "int8" or "fp8", activations included.
+        cache: of diffusers: "", "first block" (FirstBlockCache) or "attention" (PyramidAttentionBroadcast, every second
+            step's attention).
+    """
 
     name: str
     compiled: bool = True
     cudnn: bool = False
-    int8: bool = False
+    linears: str = "bf16"
+    cache: str = ""
 
 
 RIVALS = {
     "eager": Rival(name="diffusers bf16, eager", compiled=False),
     "compile": Rival(name="diffusers bf16, torch.compile"),
     "cudnn": Rival(name="diffusers bf16, torch.compile, cuDNN attention", cudnn=True),
-    "int8": Rival(name="diffusers, torchao INT8, torch.compile, cuDNN attention", cudnn=True, int8=True),
+    "first_block": Rival(name="diffusers bf16, eager, FirstBlockCache", compiled=False, cache="first block"),
+    "broadcast": Rival(name="diffusers bf16, eager, PyramidAttentionBroadcast", compiled=False, cache="attention"),
+    "int8": Rival(name="diffusers, torchao INT8, torch.compile, cuDNN attention", cudnn=True, linears="int8"),
+    "fp8": Rival(name="diffusers, torchao FP8, torch.compile, cuDNN attention", cudnn=True, linears="fp8"),
 }
+LEFT_OUT = {"first block": ("blocks", r"^transformer_blocks\.\d+\.ff$"), "attention": ("attentions", r"\.attn1\.to_q$")}
+"""What a cache leaves out, and the modules that then are not called."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +83,7 @@ class Row:
 
     Attributes:
         attention: the kinds that ran, by the names of torch's operations in a trace of one call.
+        left_out: by a cache, counted.
         calls: that were timed.
         step_ms, compile_s: one guided step, the median; what the first call took longer than that.
         weights_gib: parameters and buffers as they are stored.
@@ -75,6 +93,7 @@ class Row:
     model: str
     name: str
     attention: str
+    left_out: str
     calls: int
     step_ms: float
     compile_s: float
@@ -84,8 +103,10 @@ class Row:
 
 def unavailable(rival: Rival, device: str) -> str | None:
     """Why a rival cannot run here; None if it can."""
-    if rival.int8 and importlib.util.find_spec("torchao") is None:
+    if rival.linears != "bf16" and importlib.util.find_spec("torchao") is None:
         return "torchao is not installed"
+    if rival.linears == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        return "FP8 needs a GPU of compute capability 8.9"
     return "cuDNN attention needs CUDA" if rival.cudnn and device != "cuda" else None
 
 
@@ -96,8 +117,8 @@ def random_model(config: dict[str, Any], device: str) -> CogVideoXTransformer3DM
     with torch.device(device):
         model = CogVideoXTransformer3DModel(**config).eval()
     torch.set_default_dtype(torch.float32)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(1 if re.search(r"norm\w*\.weight$", name) else 0, 0.02)
     return model
 
 
@@ -120,12 +141,31 @@ def inputs(config: Any, device: str) -> dict[str, Any]:
     }
 
 
-def to_int8(model: torch.nn.Module) -> None:
-    """torchao's INT8, activations included, in the linears that see all tokens: attention's and the feed-forward's."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+def quantize(model: torch.nn.Module, linears: str) -> None:
+    """torchao's INT8 or FP8, activations included, in the linears that see all tokens: attention's and the
+    feed-forward's."""
+    from torchao import quantization
 
+    configs = {
+        "int8": quantization.Int8DynamicActivationInt8WeightConfig,
+        "fp8": lambda: quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow()),
+    }
     wanted = re.compile(r"\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))$").search
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: wanted(name) is not None)
+    quantization.quantize_(model, configs[linears](), filter_fn=lambda _, name: wanted(name) is not None)
+
+
+def enable_cache(model: CogVideoXTransformer3DModel, cache: str) -> collections.Counter[str]:
+    """Turns a cache on -> how often each of the modules that it leaves out has been called, kept up to date."""
+    if cache == "first block":
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    else:
+        every = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 1001)}
+        model.enable_cache(PyramidAttentionBroadcastConfig(**every, current_timestep_callback=lambda: 500))
+    called: collections.Counter[str] = collections.Counter()
+    for name, module in model.named_modules():
+        if re.search(LEFT_OUT[cache][1], name):
+            module.register_forward_hook(lambda *_, name=name: called.update([name]))
+    return called
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
@@ -149,38 +189,52 @@ def measure(model: str, rival: Rival, device: str, calls: int, mode: str) -> Row
     torch.compiler.reset()
     gc.collect()
     transformer = random_model(CONFIGS[model], device)
-    if rival.int8:
-        to_int8(transformer)
-    arguments = inputs(transformer.config, device)
+    if rival.linears != "bf16":
+        quantize(transformer, rival.linears)
+    first, second = (inputs(transformer.config, device) for _ in range(2))
+    cycle = [first, second, second] if rival.cache else [first]
+    called = enable_cache(transformer, rival.cache) if rival.cache else collections.Counter()
     forward = torch.compile(transformer, mode=mode, fullgraph=True) if rival.compiled else transformer
     on_gpu, seconds = device == "cuda", []
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if rival.cudnn else contextlib.nullcontext():
-        for call in range(2 + calls):
-            if on_gpu and call == 2:
+    with (
+        sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if rival.cudnn else contextlib.nullcontext(),
+        transformer.cache_context("guided") if rival.cache else contextlib.nullcontext(),
+    ):
+        warm = 2 * len(cycle)
+        for call in range(warm + calls * len(cycle)):
+            if on_gpu and call == warm:
                 torch.cuda.reset_peak_memory_stats()
+            if call == warm:
+                called.clear()
             start = time.perf_counter()
-            forward(**arguments)
+            forward(**cycle[call % len(cycle)])
             if on_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         peak = round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None
-        attention = attention_kinds(lambda: forward(**arguments))
-    step = statistics.median(seconds[2:])
+        left_out = ""
+        if rival.cache:
+            share = 1 - sum(called.values()) / (len(transformer.transformer_blocks) * calls * len(cycle))
+            left_out = f"{share:.0%} of the {LEFT_OUT[rival.cache][0]}"
+        attention = attention_kinds(lambda: forward(**first))
+    means = [statistics.mean(seconds[i : i + len(cycle)]) for i in range(warm, len(seconds), len(cycle))]
+    step = statistics.median(means)
     weights = sum(stored_bytes(x) for x in (*transformer.parameters(), *transformer.buffers()))
     figures = {"step_ms": round(step * 1000, 2), "compile_s": round(max(0.0, seconds[0] - step), 1)}
     figures |= {"weights_gib": round(weights / 2**30, 3), "peak_gib": peak}
     name = f"{rival.name}, {mode}" if rival.compiled and mode != "default" else rival.name
-    return Row(model=model, name=name, attention=attention, calls=calls, **figures)
+    return Row(model=model, name=name, attention=attention, left_out=left_out, calls=calls, **figures)
 
 
 def table(rows: list[Row], missing: dict[str, str]) -> str:
     """A markdown table, and below it what was not measured."""
-    lines = ["| model | configuration | attention | step | weights | peak memory | compilation |", "|" + "---|" * 7]
+    head = "| model | configuration | attention | left out | step | weights | peak memory | compilation |"
+    lines = [head, "|" + "---|" * 8]
     for r in rows:
         peak = "" if r.peak_gib is None else f"{r.peak_gib:.2f} GiB"
         lines.append(
-            f"| {r.model} | {r.name} | {r.attention} | {r.step_ms:.1f} ms | {r.weights_gib:.2f} GiB | {peak} "
-            f"| {r.compile_s:.0f} s |"
+            f"| {r.model} | {r.name} | {r.attention} | {r.left_out} | {r.step_ms:.1f} ms | {r.weights_gib:.2f} GiB "
+            f"| {peak} | {r.compile_s:.0f} s |"
         )
     return "\n".join(lines + [f"\n{name}: not measured: {reason}" for name, reason in missing.items()])
 
@@ -189,7 +243,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=["tiny"])
     parser.add_argument("--rows", nargs="+", choices=list(RIVALS), default=list(RIVALS))
-    parser.add_argument("--calls", type=int, default=5, help="timed calls of each row")
+    parser.add_argument("--calls", type=int, default=5, help="timed calls of each row; of three steps, with a cache")
     parser.add_argument("--mode", default="default", help="of torch.compile, such as max-autotune-no-cudagraphs")
     parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     arguments = parser.parse_args(argv)
@@ -202,7 +256,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     rows: list[Row] = []
     missing: dict[str, str] = {}
-    for rival in (RIVALS[row] for row in RIVALS if row in arguments.rows):  # INT8 last: torchao alters the compiler
+    for rival in (
+        RIVALS[row] for row in RIVALS if row in arguments.rows
+    ):  # quantised ones last: torchao alters the compiler
         if reason := unavailable(rival, device):
             missing[rival.name] = reason
             print(f"{rival.name}: not measured: {reason}", flush=True)

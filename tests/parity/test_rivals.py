@@ -35,7 +35,10 @@ for name, config in rivals.CONFIGS.items():
         assert all(map(torch.equal, given["image_rotary_emb"], wanted)), name
     configs[name]["shapes"] = [list(given[key].shape) for key in ("hidden_states", "encoder_hidden_states")]
 
-weights = list(rivals.random_model(rivals.CONFIGS["tiny"], "cpu").parameters())
+named = dict(rivals.random_model(rivals.CONFIGS["tiny"], "cpu").named_parameters())
+norms = [x for name, x in named.items() if x.ndim == 1 and "norm" in name and name.endswith("weight")]
+assert len(norms) == 2 * 4 + 2 and all(0.9 < float(x.min()) and float(x.max()) < 1.1 for x in norms)
+weights = [x for name, x in named.items() if "norm" not in name]
 assert {x.dtype for x in weights} == {torch.bfloat16}
 assert torch.get_default_dtype() == torch.float32
 assert 0.019 < torch.cat([x.flatten() for x in weights]).float().std() < 0.021
@@ -74,8 +77,17 @@ def test_command(tmp_path):
     assert "not measured: cuDNN attention needs CUDA" in printed
     assert len(record["not_measured"]) == 2
     table = out.with_suffix(".md").read_text()
-    assert "| tiny | diffusers bf16, eager | flash |" in table
+    assert "| tiny | diffusers bf16, eager | flash |  |" in table
     assert all(f"{name}: not measured: {reason}" in table for name, reason in record["not_measured"].items())
+
+
+def test_caches_leave_out_what_they_are_for(tmp_path):
+    """Of every three steps one repeats another: all but the first of two blocks; and every second attention."""
+    out = tmp_path / "rivals.json"
+    run("-m", "benchmarks.rivals", "--rows", "first_block", "broadcast", "--calls", "2", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["left_out"] for row in rows] == ["17% of the blocks", "50% of the attentions"]
+    assert all(row["step_ms"] > 0 for row in rows)
 
 
 @pytest.mark.slow
