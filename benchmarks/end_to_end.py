@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from matplotlib.figure import Figure
 
 from benchmarks import record
 from benchmarks.stages import COGVIDEOX_SCHEDULER, random_model
@@ -184,6 +185,27 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def draw(found: list[Row], path: Path) -> None:
+    """A picture of step time by share of skipped blocks, a line for each model, with its bf16 and what is ideal."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, model in enumerate(dict.fromkeys(row.model for row in found)):
+        own = [row for row in found if row.model == model]
+        curve = sorted((r.skip_share, r.step_ms) for r in own if r.name.startswith("INT8") and "NVFP4" not in r.name)
+        shares, times = zip(*curve, strict=True)
+        axes.plot(shares, times, "o-", color=f"C{i}", label=f"{model}, INT8")
+        axes.plot(
+            shares, [times[0] * (1 - share) for share in shares], ":", color=f"C{i}", label="if a skip cost nothing"
+        )
+        axes.axhline(own[0].step_ms, color=f"C{i}", linestyle="--", label=f"{model}, bf16")
+    bits = axes.secondary_xaxis("top", functions=(lambda share: 8 * (1 - share), lambda bits: 1 - bits / 8))
+    bits.set_xlabel("mean activation bits")
+    axes.set(xlabel="share of the blocks that is skipped", ylabel="a guided step, ms", ylim=(0, None))
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mini"])
@@ -193,7 +215,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         "--bits", type=float, nargs="*", default=[], help="mean bits of a mix of INT8 and NVFP4, 4 to 8"
     )
     parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the delta cache")
-    parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
+    parser.add_argument("--out", type=Path, help="JSON to write; the table and a picture go beside it")
     arguments = parser.parse_args(argv)
     found: list[Row] = []
     for model in arguments.models:
@@ -201,6 +223,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
             found.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     record.save(arguments.out, record.describe(program="benchmarks.end_to_end", argv=argv, rows=found), table(found))
+    if arguments.out is not None:
+        draw(found, arguments.out.with_suffix(".png"))
     return found
 
 

@@ -206,6 +206,11 @@ class Study:
         specs = sorted((few_rows if self.settings.tiny else all_rows)(self), key=lambda spec: spec.priority)
         specs = [spec for spec in specs if spec.name not in self.known_rows]
         self._prepare(specs)
+        self._run_all([spec for spec in specs if spec.priority == 0])
+        self.other_references()
+        self._run_all([spec for spec in specs if spec.priority > 0])
+
+    def _run_all(self, specs: Sequence[Spec]) -> None:
         with ThreadPoolExecutor(self.settings.workers) as pool:
             for spec, done in zip(specs, pool.map(self.run, specs), strict=True):
                 if done is None:
@@ -352,26 +357,31 @@ class Study:
         return (self.models[spec.model], *self.schedule(self.settings.steps), *self.held_out, lanes)
 
     def reference(self) -> None:
-        """The bfloat16 run that all rows are compared with, its float32 twin, which is the floor, and shorter runs."""
+        """The bfloat16 run that all rows are compared with."""
+        self._unquantized("bf16", self.models["plain"], *self.held_out, self.settings.steps)
+
+    def other_references(self) -> None:
+        """The float32 twin of it, whose distance is the floor; and shorter runs."""
         steps, (noise, bf16) = self.settings.steps, self.held_out
         wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, bf16)
         single = Pipeline.from_pretrained("mini", dtype=jnp.float32).transformer
-        runs = {"bf16": (self.models["plain"], bf16, steps), "float32 (the floor of bf16)": (single, wide, steps)}
+        with jax.default_matmul_precision("highest"):
+            self._unquantized("float32 (the floor of bf16)", single, noise, wide, steps, width=32.0)
         for share in () if self.settings.tiny else (0.2, 0.3, 0.5):
             fewer = round(steps * (1 - share))
-            runs[f"bf16, {fewer} steps"] = (self.models["plain"], bf16, fewer)
-        for name, (model, conditioning, count) in runs.items():
-            if name in self.known_rows and name != "bf16":
-                continue
-            began = time.monotonic()
-            with jax.default_matmul_precision("highest" if model is single else "default"):
-                latents = jax.block_until_ready(sampler.sample(model, *self.schedule(count), noise, conditioning)[0])
-            if name == "bf16":
-                self.latents, self.frames = latents, self.decode(latents)
-            if name in self.known_rows:
-                continue
-            width = 32.0 if model is single else 16.0
-            spent = {"mean_bits": width * count / steps, "mean_bits_computed": width, "skip_share": 0.0}
+            self._unquantized(f"bf16, {fewer} steps", self.models["plain"], noise, bf16, fewer)
+
+    def _unquantized(
+        self, name: str, model: Split, noise: jax.Array, conditioning: Any, count: int, *, width: float = 16.0
+    ) -> None:
+        began = time.monotonic()
+        if name != "bf16" and (name in self.known_rows or began - self.started > self.settings.deadline):
+            return
+        latents = jax.block_until_ready(sampler.sample(model, *self.schedule(count), noise, conditioning)[0])
+        if name == "bf16":
+            self.latents, self.frames = latents, self.decode(latents)
+        if name not in self.known_rows:
+            spent = {"mean_bits": width * count / self.settings.steps, "mean_bits_computed": width, "skip_share": 0.0}
             self.keep(name, "reference", latents, time.monotonic() - began, **spent)
 
     def decode(self, latents: jax.Array) -> np.ndarray:

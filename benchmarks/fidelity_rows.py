@@ -61,7 +61,7 @@ def few_rows(study: "Study") -> list[Spec]:
 
 def all_rows(study: "Study") -> list[Spec]:
     """The study of one solver."""
-    return [*formats(study), *routing(study), *caching(study), *stacking(study), *stepwise(study)]
+    return [*formats(study), *routing(study), *caching(study), *stepwise(study), *stacking(study)]
 
 
 def formats(study: "Study") -> list[Spec]:
@@ -71,7 +71,7 @@ def formats(study: "Study") -> list[Spec]:
         policy = study.policy(route)
         more = {"group": "formats", "priority": 3}
         specs += [
-            Spec(name=name, group="formats", policy=policy, priority=0),
+            Spec(name=name, group="formats", policy=policy, priority=0 if route == "int8" else 1),
             Spec(
                 name=f"{name}, four over six",
                 policy=policy,
@@ -235,7 +235,7 @@ def stepwise(study: "Study") -> list[Spec]:
                     group="cache format" if "cache_format" in more else "improvements",
                     policy=study.policy(routes, table=table, **more),
                     model=model,
-                    priority=0 if routes == "int8" and model == "quantised" else 1,
+                    priority=0 if routes == "int8" and model == "quantised" and "cache_format" not in more else 1,
                 )
             )
 

@@ -30,7 +30,7 @@ def attention(
     Args:
         query, key, value: [batch, tokens, heads, head], of one float dtype.
         logit_bound: what no |query key^T| / sqrt(head) exceeds, as `norm_rotary.logit_bound` gives it; None if that is
-            not known. Where it is at most 69 the Mosaic kernel does without the running maximum of the softmax, which
+            not known. Where it is at most 55 the Mosaic kernel does without the running maximum of the softmax, which
             is exact then, and faster.
         implementation: a name in `IMPLEMENTATIONS`, or None for the best one here.
 

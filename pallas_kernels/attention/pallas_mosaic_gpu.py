@@ -27,8 +27,9 @@ from pallas_kernels.common import device
 Operand = jax.Array | jax.ShapeDtypeStruct
 REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
 """Registers of a thread that multiplies and of one that loads, by the number of warpgroups that multiply."""
-LARGEST_LOGIT = 100 / math.log2(math.e)
-"""Of logits whose softmax needs no maximum: weights are between 2^-100 and 2^100, and 2^24 of them can be added."""
+LARGEST_LOGIT = 80 / math.log2(math.e)
+"""Of logits whose softmax needs no maximum: weights are between 2^-80 and 2^80, and float32 holds 2^46 times as much:
+room for the sum over all tokens of weights times values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def _bounded_or_not(
         return _attention(query, key, value, heads=heads, first=first, config=config, bounded=bounded)
 
     plain, bounded = (functools.partial(run, bounded=choice) for choice in (False, True))
-    if logit_bound is None or config.turns or operands[0].dtype == jnp.float16:  # 2^100 is infinite in float16
+    if logit_bound is None or config.turns or operands[0].dtype == jnp.float16:  # 2^80 is infinite in float16
         return plain(*operands)
     return jax.lax.cond(logit_bound <= LARGEST_LOGIT, bounded, plain, *operands)
 

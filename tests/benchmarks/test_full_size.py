@@ -33,6 +33,7 @@ def test_end_to_end(tmp_path):
     assert [row.mean_bits for row in rows] == [16, 8, 6, 4.8]
     assert rows[0].weights_gib > 2 * rows[1].weights_gib
     assert "16.0" in (tmp_path / "e.md").read_text()
+    assert (tmp_path / "e.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

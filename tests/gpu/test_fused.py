@@ -64,7 +64,7 @@ def test_packed_attention_is_attention(tokens, head):
 
 
 @pytest.mark.parametrize(("tokens", "head"), [(1000, 64), (1024, 64), (2048, 128), (17_776, 64)])
-@pytest.mark.parametrize("largest", [1.0, 60.0])
+@pytest.mark.parametrize("largest", [1.0, 50.0])
 def test_attention_without_a_running_maximum_is_attention(tokens, head, largest):
     qkv = normal(0, 2, tokens, 9, head)
     # Queries and keys that are as long as they can be with logits of that size, which the first of them reach.
