@@ -256,9 +256,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     rows: list[Row] = []
     missing: dict[str, str] = {}
-    for rival in (
-        RIVALS[row] for row in RIVALS if row in arguments.rows
-    ):  # quantised ones last: torchao alters the compiler
+    chosen = [rival for row, rival in RIVALS.items() if row in arguments.rows]
+    for rival in chosen:  # quantised ones last: torchao alters the compiler
         if reason := unavailable(rival, device):
             missing[rival.name] = reason
             print(f"{rival.name}: not measured: {reason}", flush=True)

@@ -58,8 +58,8 @@ class QuantizationConfig:
         error_threshold: of the router, instead of a target.
         target_skip: share of all blocks of all steps that are skipped; 0 for none.
         skip_threshold: of the delta cache, instead of a target.
-        skip_every: skip all blocks at every so-manieth step instead, whatever the activations do (`EveryNth`); at
-            least 2. Without any of the three nothing is skipped.
+        skip_every: n, at least 2, to skip all blocks at every n-th step instead, whatever the activations do
+            (`EveryNth`). Without any of the three nothing is skipped.
         target_psnr: dB against the 16-bit route: the fewest bits that reach it, of what calibration measured.
         max_skips, warm_up, cool_down: of the delta cache, see `DeltaSkipper`.
         outlier_limit: of the purified refresh, see `PrecisionPolicy`; None turns it off.
