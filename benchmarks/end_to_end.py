@@ -198,7 +198,8 @@ def draw(found: list[Row], path: Path) -> None:
             shares, [times[0] * (1 - share) for share in shares], ":", color=f"C{i}", label="if a skip cost nothing"
         )
         axes.axhline(own[0].step_ms, color=f"C{i}", linestyle="--", label=f"{model}, bf16")
-    bits = axes.secondary_xaxis("top", functions=(lambda share: 8 * (1 - share), lambda bits: 1 - bits / 8))
+    to_bits, to_share = lambda x: 8 * (1 - np.asarray(x)), lambda x: 1 - np.asarray(x) / 8
+    bits = axes.secondary_xaxis("top", functions=(to_bits, to_share))
     bits.set_xlabel("mean activation bits")
     axes.set(xlabel="share of the blocks that is skipped", ylabel="a guided step, ms", ylim=(0, None))
     axes.legend(fontsize=8)
