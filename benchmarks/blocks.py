@@ -5,16 +5,17 @@
 The loop runs under JAX's profiler with a model of the published width and `--layers` blocks; each kernel's time goes to
 the part of the block whose named scope its operation has. A floor is the time of the bytes that a part must move, at
 the speed of a copy, or of its operations, at that of XLA's bfloat16 matmul, both measured in the same run; INT8
-multiplies at twice that. A quarter of the blocks is skipped, so that the
-cache is in use.
+multiplies at twice that. A quarter of the blocks is skipped, one by one, so that the cache is in use.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from benchmarks import record
-from benchmarks.end_to_end import Prescribed, sampling_program
+from benchmarks.end_to_end import Prescribed, sampling_arguments
 from benchmarks.stages import random_model
 from pallas_kernels.common import timer
 from pallas_kernels.workloads import BYTES, normal
@@ -34,6 +35,7 @@ from sixbit_jax.models.split import Split
 from sixbit_jax.precision import ConstantRouter, PrecisionPolicy
 from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.qtensor import quantize_model
+from sixbit_jax.sampling import sampler
 
 CONFIGS = {
     "tiny": TransformerConfig.from_dict(
@@ -112,12 +114,12 @@ def floors(config: TransformerConfig, ceiling: Ceilings, *, quantized: bool, cac
     return found | {part: count / ceiling.operations for part, count in multiplied.items()}
 
 
-def profile(compiled: jax.stages.Compiled, leaves: list[jax.Array]) -> tuple[dict[str, float], Any]:
+def profile(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     """One call -> (ms of each HLO operation, its result)."""
-    jax.block_until_ready(compiled(leaves))
+    jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            result = jax.block_until_ready(compiled(leaves))
+            result = jax.block_until_ready(run())
         (path,) = Path(folder).glob("**/*.xplane.pb")
         data = ProfileData.from_file(str(path))
     spent: dict[str, float] = collections.defaultdict(float)
@@ -154,8 +156,9 @@ def part_of(path: str) -> str:
 def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy | None, steps: int) -> list[Row]:
     """The rows of one way to run a model, without floors; prints the longest operations."""
     config = transformer.merge().config
-    compiled, leaves = sampling_program(transformer, policy, steps)
-    spent, (_, trace) = profile(compiled, leaves)
+    arguments = sampling_arguments(transformer, steps)
+    compiled = sampler.sample.lower(*arguments, policy=policy).compile()
+    spent, (_, trace) = profile(functools.partial(compiled, *arguments, policy=policy))
     paths = scopes(compiled)
     skipped = 0.0 if policy is None else summary(trace.precision.bits, site_weights(config)).skip_share
     total: dict[str, float] = collections.defaultdict(float)
@@ -183,7 +186,7 @@ def rows(model: str, layers: int, steps: int) -> list[Row]:
         "bf16": None,
         "INT8": PrecisionPolicy(
             router=ConstantRouter(route="int8"),
-            skipper=Prescribed(share=0.25),
+            skipper=Prescribed(share=0.25, whole_steps=False),
             cache_format="nvfp4",
         ),
     }.items():

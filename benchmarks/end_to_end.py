@@ -6,17 +6,20 @@ Random weights of the published configurations, made on the device; 49 frames of
 is that of the compiled loop on its second call, synchronised, divided by its steps. Memory is what XLA's own analysis
 says of that program: arguments (weights included), temporaries and results together.
 
-Which blocks are skipped is prescribed here (all of them, at steps spread evenly), since random weights say
-nothing about when it is safe; everything that a live decision costs is in the program: the branch around each block,
-volatility and delta change of computed blocks, and the cache. With `--bits`, that many mean bits come from running some
-of the blocks in NVFP4, in E4M3 operands on tensor cores that have no NVFP4.
+Which blocks are skipped is prescribed here (all of them, at steps spread evenly), since random weights say nothing
+about when it is safe. Skipped as whole steps, the program is that of `skip_every`. Skipped block by block, everything
+that a live decision costs is in it: the branch around each block, volatility and delta change of computed blocks, and a
+cache of every block's delta. With `--bits`, that many mean bits come from running some of the blocks in NVFP4, in E4M3
+operands on tensor cores that have no NVFP4.
 """
 
 import argparse
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +50,16 @@ MODELS: dict[str, Callable[[], Split]] = {
 
 @struct.dataclass(kw_only=True)
 class Prescribed:
-    """Skips all blocks at a share of the steps, spread evenly, and measures what the cache's own skipper would."""
+    """Skips all blocks at a share of the steps, spread evenly: as `EveryNth` does, or block by block, measuring what
+    `DeltaSkipper` would."""
 
     share: float = struct.field(pytree_node=False)
+    whole_steps: bool = struct.field(pytree_node=False)
     never = False
-    observes = True
+
+    @property
+    def observes(self) -> bool:
+        return not self.whole_steps
 
     def init(self, blocks: int, groups: int) -> None:
         return None
@@ -90,7 +98,9 @@ class Row:
     compile_s: float
 
 
-def policies(blocks: int, cache: str, shares: list[float], bits: list[float]) -> dict[str, PrecisionPolicy]:
+def policies(
+    blocks: int, *, shares: list[float], block_shares: list[float], caches: list[str], bits: list[float]
+) -> dict[str, PrecisionPolicy]:
     """Rows after bf16, by name."""
     router = ConstantRouter(route="int8")
     rows = {"INT8": PrecisionPolicy(router=router, skipper=NeverSkip())}
@@ -100,15 +110,17 @@ def policies(blocks: int, cache: str, shares: list[float], bits: list[float]) ->
         name = f"INT8 and NVFP4, {wanted:g} bits, fp8 carrier"
         rows[name] = PrecisionPolicy(router=TableRouter.of(routes), skipper=NeverSkip(), carrier="fp8")
     for share in shares:
+        skipper = Prescribed(share=share, whole_steps=True)
+        rows[f"INT8, {share:.0%} of the steps skipped"] = PrecisionPolicy(router=router, skipper=skipper)
+    for share, cache in itertools.product(block_shares, caches):
+        skipper = Prescribed(share=share, whole_steps=False)
         name = f"INT8, {share:.0%} of the blocks skipped, cache {cache}"
-        rows[name] = PrecisionPolicy(router=router, skipper=Prescribed(share=share), cache_format=cache)
+        rows[name] = PrecisionPolicy(router=router, skipper=skipper, cache_format=cache)
     return rows
 
 
-def sampling_program(
-    transformer: Split, policy: PrecisionPolicy | None, steps: int
-) -> tuple[jax.stages.Compiled, list[jax.Array]]:
-    """The compiled sampling loop for one video of the published size, and what it is called with."""
+def sampling_arguments(transformer: Split, steps: int) -> tuple:
+    """What `sampler.sample` takes for one video of the published size."""
     config = transformer.merge().config
     frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
     shape = (1, frames, config.in_channels, config.sample_height, config.sample_width)
@@ -118,24 +130,18 @@ def sampling_program(
     conditioning = sampler.Conditioning(
         prompt_embeds=text[0], negative_prompt_embeds=text[1], keys=jax.random.split(jax.random.key(2), 1)
     )
-    arguments = (transformer, schedule, scale, jax.random.normal(jax.random.key(0), shape), conditioning)
-    leaves, structure = jax.tree.flatten((arguments, policy))
-
-    def run(leaves: list[jax.Array]) -> tuple[jax.Array, sampler.Trace]:
-        arguments, policy = jax.tree.unflatten(structure, leaves)
-        return sampler.sample(*arguments, policy=policy)
-
-    return jax.jit(run).lower(leaves).compile(), leaves
+    return transformer, schedule, scale, jax.random.normal(jax.random.key(0), shape), conditioning
 
 
 def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy | None, steps: int) -> Row:
     """Compiles and times one row; `speed` is still to be filled in."""
     start = time.perf_counter()
-    compiled, leaves = sampling_program(transformer, policy, steps)
+    arguments = sampling_arguments(transformer, steps)
+    compiled = sampler.sample.lower(*arguments, policy=policy).compile()
     compile_s = time.perf_counter() - start
     for _ in range(2):
         start = time.perf_counter()
-        _, trace = jax.block_until_ready(compiled(leaves))
+        _, trace = jax.block_until_ready(compiled(*arguments, policy=policy))
         seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -158,15 +164,14 @@ def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy |
     )
 
 
-def rows(model: str, steps: int, caches: list[str], shares: list[float], bits: list[float]) -> Iterator[Row]:
-    """All rows of a model, bf16 first."""
+def rows(model: str, steps: int, **wanted: Any) -> Iterator[Row]:
+    """All rows of a model, bf16 first; `wanted` as in `policies`."""
     transformer = MODELS[model]()
     baseline = measure(model, "bf16", transformer, None, steps)
     yield baseline
     transformer = Split.of(quantize_model(transformer.merge()))
     blocks = transformer.merge().config.num_layers
-    wanted = {name: policy for cache in caches for name, policy in policies(blocks, cache, shares, bits).items()}
-    for name, policy in wanted.items():
+    for name, policy in policies(blocks, **wanted).items():
         row = measure(model, name, transformer, policy, steps)
         yield dataclasses.replace(row, speed=round(baseline.step_ms / row.step_ms, 3))
 
@@ -191,12 +196,13 @@ def draw(found: list[Row], path: Path) -> None:
     axes = figure.subplots()
     for i, model in enumerate(dict.fromkeys(row.model for row in found)):
         own = [row for row in found if row.model == model]
-        curve = sorted((r.skip_share, r.step_ms) for r in own if r.name.startswith("INT8") and "NVFP4" not in r.name)
-        shares, times = zip(*curve, strict=True)
-        axes.plot(shares, times, "o-", color=f"C{i}", label=f"{model}, INT8")
-        axes.plot(
-            shares, [times[0] * (1 - share) for share in shares], ":", color=f"C{i}", label="if a skip cost nothing"
-        )
+        start = next((r.skip_share, r.step_ms) for r in own if r.name == "INT8")
+        for style, label, kind in (("o-", "whole steps", "steps skipped"), ("s--", "block by block", "blocks skipped")):
+            if curve := sorted((r.skip_share, r.step_ms) for r in own if kind in r.name):
+                points = zip(start, *curve, strict=True)
+                axes.plot(*points, style, color=f"C{i}", label=f"{model}, INT8, skipped {label}")
+        ideal = [(share, start[1] * (1 - share)) for share in (0, max(r.skip_share for r in own))]
+        axes.plot(*zip(*ideal, strict=True), ":", color=f"C{i}", label="if a skip cost nothing")
         axes.axhline(own[0].step_ms, color=f"C{i}", linestyle="--", label=f"{model}, bf16")
     to_bits, to_share = lambda x: 8 * (1 - np.asarray(x)), lambda x: 1 - np.asarray(x) / 8
     bits = axes.secondary_xaxis("top", functions=(to_bits, to_share))
@@ -211,19 +217,24 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mini"])
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of each run")
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of skipped blocks")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of skipped steps")
+    parser.add_argument(
+        "--block-shares", type=float, nargs="*", default=[0.3], help="of blocks, skipped one by one, with a delta each"
+    )
     parser.add_argument(
         "--bits", type=float, nargs="*", default=[], help="mean bits of a mix of INT8 and NVFP4, 4 to 8"
     )
-    parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the delta cache")
+    parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the blocks' delta cache")
     parser.add_argument("--out", type=Path, help="JSON to write; the table and a picture go beside it")
     arguments = parser.parse_args(argv)
+    wanted = {name: getattr(arguments, name) for name in ("shares", "block_shares", "caches", "bits")}
     found: list[Row] = []
     for model in arguments.models:
-        for row in rows(model, arguments.steps, arguments.caches, arguments.shares, arguments.bits):
+        for row in rows(model, arguments.steps, **wanted):
             found.append(row)
             print(table([row]).splitlines()[-1], flush=True)
-    record.save(arguments.out, record.describe(program="benchmarks.end_to_end", argv=argv, rows=found), table(found))
+            result = record.describe(program="benchmarks.end_to_end", argv=argv, rows=found)
+            record.save(arguments.out, result, table(found))
     if arguments.out is not None:
         draw(found, arguments.out.with_suffix(".png"))
     return found

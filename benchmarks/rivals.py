@@ -1,11 +1,12 @@
-"""What a CogVideoX user could run instead: torch diffusers, eager, compiled, with INT8 or FP8 linears, with its caches.
+"""What a CogVideoX user could run instead: torch diffusers, eager, compiled, with INT8 or FP8 linears, with caches.
 
 `python -m benchmarks.rivals --models 5b --out benchmarks/results/rivals_<device>.json`
 
-Needs torch and diffusers, which this package does not; no JAX. Random bfloat16 weights of the published configurations,
-made on the device, with the spread that `benchmarks.stages` gives ours. What is timed is one guided denoising step: one
-forward of the transformer on a batch of two (with the prompt and without), 49 frames of 480 x 720. The scheduler's few
-elementwise operations on the latents are left out; beside the transformer they cost nothing.
+Needs torch and diffusers, which this package does not, and for their rows torchao and cache-dit (DBCache); no JAX.
+Random bfloat16 weights of the published configurations, made on the device, with the spread that `benchmarks.stages`
+gives ours. What is timed is one guided denoising step: one forward of the transformer on a batch of two (with the
+prompt and without), 49 frames of 480 x 720. The scheduler's few elementwise operations on the latents are left out;
+beside the transformer they cost nothing.
 
 The first call of a row compiles, from empty caches; after a second one, `--calls` calls are timed, each synchronised,
 and their median reported. A cache is given steps of which every third repeats the one before, so that it reuses there;
@@ -53,8 +54,8 @@ class Rival:
         compiled: or eager.
         cudnn: attention by cuDNN, or as torch chooses.
         linears: of the blocks: "bf16", or through torchao "int8" or "fp8", activations included.
-        cache: of diffusers: "", "first block" (FirstBlockCache) or "attention" (PyramidAttentionBroadcast, every second
-            step's attention).
+        cache: "", of diffusers "first block" (FirstBlockCache) or "attention" (PyramidAttentionBroadcast, every second
+            step's attention), or "dbcache" (cache-dit's DBCache, which also decides after the first block).
     """
 
     name: str
@@ -70,10 +71,24 @@ RIVALS = {
     "cudnn": Rival(name="diffusers bf16, torch.compile, cuDNN attention", cudnn=True),
     "first_block": Rival(name="diffusers bf16, eager, FirstBlockCache", compiled=False, cache="first block"),
     "broadcast": Rival(name="diffusers bf16, eager, PyramidAttentionBroadcast", compiled=False, cache="attention"),
+    "dbcache": Rival(name="diffusers bf16, eager, cache-dit DBCache", compiled=False, cache="dbcache"),
+    "dbcache_compile": Rival(
+        name="diffusers bf16, torch.compile, cuDNN attention, cache-dit DBCache", cudnn=True, cache="dbcache"
+    ),
     "int8": Rival(name="diffusers, torchao INT8, torch.compile, cuDNN attention", cudnn=True, linears="int8"),
+    "int8_dbcache": Rival(
+        name="diffusers, torchao INT8, torch.compile, cuDNN attention, cache-dit DBCache",
+        cudnn=True,
+        linears="int8",
+        cache="dbcache",
+    ),
     "fp8": Rival(name="diffusers, torchao FP8, torch.compile, cuDNN attention", cudnn=True, linears="fp8"),
 }
-LEFT_OUT = {"first block": ("blocks", r"^transformer_blocks\.\d+\.ff$"), "attention": ("attentions", r"\.attn1\.to_q$")}
+LEFT_OUT = {
+    "first block": ("blocks", r"^transformer_blocks\.\d+\.ff$"),
+    "attention": ("attentions", r"\.attn1\.to_q$"),
+    "dbcache": ("blocks", r"^transformer_blocks\.\d+$"),
+}
 """What a cache leaves out, and the modules that then are not called."""
 
 
@@ -103,8 +118,9 @@ class Row:
 
 def unavailable(rival: Rival, device: str) -> str | None:
     """Why a rival cannot run here; None if it can."""
-    if rival.linears != "bf16" and importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed"
+    for package, needed in (("torchao", rival.linears != "bf16"), ("cache_dit", rival.cache == "dbcache")):
+        if needed and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
     if rival.linears == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
         return "FP8 needs a GPU of compute capability 8.9"
     return "cuDNN attention needs CUDA" if rival.cudnn and device != "cuda" else None
@@ -158,9 +174,16 @@ def enable_cache(model: CogVideoXTransformer3DModel, cache: str) -> collections.
     """Turns a cache on -> how often each of the modules that it leaves out has been called, kept up to date."""
     if cache == "first block":
         model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
-    else:
+    elif cache == "attention":
         every = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 1001)}
         model.enable_cache(PyramidAttentionBroadcastConfig(**every, current_timestep_callback=lambda: 500))
+    else:
+        import cache_dit
+
+        cache_dit.set_compile_configs()
+        blocks = {"blocks": model.transformer_blocks, "forward_pattern": cache_dit.Pattern_0}
+        config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=0, residual_diff_threshold=0.05)
+        cache_dit.enable_cache(cache_dit.BlockAdapter(transformer=model, **blocks), cache_config=config)
     called: collections.Counter[str] = collections.Counter()
     for name, module in model.named_modules():
         if re.search(LEFT_OUT[cache][1], name):
@@ -194,7 +217,12 @@ def measure(model: str, rival: Rival, device: str, calls: int, mode: str) -> Row
     first, second = (inputs(transformer.config, device) for _ in range(2))
     cycle = [first, second, second] if rival.cache else [first]
     called = enable_cache(transformer, rival.cache) if rival.cache else collections.Counter()
-    forward = torch.compile(transformer, mode=mode, fullgraph=True) if rival.compiled else transformer
+    forward, compiler = transformer, {"mode": mode, "fullgraph": True}
+    if rival.compiled and rival.cache:  # block by block: which of them run is decided, and counted, between them
+        for block in transformer.transformer_blocks:
+            block.forward = torch.compile(block.forward, **compiler)
+    elif rival.compiled:
+        forward = torch.compile(transformer, **compiler)
     on_gpu, seconds = device == "cuda", []
     with (
         sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if rival.cudnn else contextlib.nullcontext(),
@@ -248,7 +276,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--out", type=Path, help="JSON to write; the table goes beside it as .md")
     arguments = parser.parse_args(argv)
     torch.compiler.config.force_disable_caches = True
-    packages = filter(importlib.util.find_spec, ("torch", "diffusers", "torchao"))
+    packages = filter(importlib.util.find_spec, ("torch", "diffusers", "torchao", "cache_dit"))
     versions = {package: importlib.metadata.version(package) for package in packages}
     device, about = "cpu", {"kind": "cpu", "platform": "cpu"}
     if torch.cuda.is_available():
@@ -257,7 +285,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     missing: dict[str, str] = {}
     chosen = [rival for row, rival in RIVALS.items() if row in arguments.rows]
-    for rival in chosen:  # quantised ones last: torchao alters the compiler
+    for rival in chosen:  # torchao's and cache-dit's last: they alter the compiler
         if reason := unavailable(rival, device):
             missing[rival.name] = reason
             print(f"{rival.name}: not measured: {reason}", flush=True)

@@ -65,10 +65,11 @@ def compile(
         function: of arrays, to a tree of arrays.
         sets: of arguments, taken in turn, or their shapes.
         estimate_ms: about how long a call takes; too small a figure makes a run longer, not wrong.
-        run_ms: about how long a run is to take.
+        run_ms: about how long a run is to take; at least three rounds, since XLA writes out a loop that runs once, and
+            then sees that nothing reads what came before it.
         options: of XLA's compiler.
     """
-    rounds = max(1, math.ceil(run_ms / max(estimate_ms, 1e-3) / len(sets)))
+    rounds = max(3, math.ceil(run_ms / max(estimate_ms, 1e-3) / len(sets)))
     run = (
         jax.jit(functools.partial(_repeat, function, rounds=rounds))
         .lower(list(sets))

@@ -34,7 +34,8 @@ class PrecisionPolicy:
         skipper: which blocks are skipped (`skippers.py`).
         outlier_limit: purified refresh (4): a site whose max|x| / mean|x| is above it runs in 16 bit while a delta is
             computed that may be reused. None turns it off.
-        cache_format: how deltas are stored: "16bit", "int8" or "nvfp4".
+        cache_format: how deltas of blocks are stored: "16bit", "int8" or "nvfp4". What all blocks together add, which
+            is kept where whole steps are skipped, is one array in the stream's dtype.
         carrier: what NVFP4 operands are multiplied in where there are no FP4 tensor cores: "exact" or "fp8".
         joint: decide for all videos of a batch together. False decides for each alone and runs blocks video by video,
             so that a video does not depend on its neighbours.
@@ -65,7 +66,8 @@ class PrecisionState:
     Attributes:
         router, skipper: their own states.
         observation: of the last step.
-        cache: the delta cache; None if nothing is ever skipped.
+        cache: the delta cache, or the one delta of all blocks, [samples, tokens, dim], where whole steps are skipped;
+            None if nothing is ever skipped.
         age: int32 [blocks, groups], how many steps ago the delta in use was computed.
     """
 
@@ -123,7 +125,9 @@ def init_scan(
         raise ArgumentError(f"{shape[0]} samples cannot be of {videos} videos with as many each")
     groups = policy.groups(videos)
     cache = None
-    if not policy.skipper.never:
+    if policy.skipper.whole_steps:
+        cache = jnp.zeros(shape, dtype)
+    elif not policy.skipper.never:
         cache = delta_cache.init(policy.cache_format, blocks, groups, (shape[0] // groups, *shape[1:]), dtype)
     return PrecisionState(
         router=policy.router.init(blocks, groups, len(sites)),
@@ -172,13 +176,18 @@ def scan_blocks(
     blocks, groups = skip.shape
     first = progress.step == 0
 
+    def not_measured(*leading: int) -> tuple:
+        unknown = jnp.full(leading, jnp.nan, jnp.float32)
+        by_site = (*leading, len(sites))
+        return unknown, unknown, jnp.zeros(by_site, jnp.int32), jnp.full(by_site, jnp.nan, jnp.float32)
+
     def run_group(
         params: Any, x: jax.Array, context: Any, cache: Any, plan: tuple, index: jax.Array, group: jax.Array
     ) -> tuple[jax.Array, Any, tuple]:
         routes, skip, refresh = plan
 
         def compute(x: jax.Array, cache: Any) -> tuple[jax.Array, Any, tuple]:
-            purify = refresh if cache is not None and policy.outlier_limit is not None else None
+            purify = None if policy.skipper.never or policy.outlier_limit is None else refresh
             linears = RoutedLinears(
                 sites,
                 policy.router.choices,
@@ -209,11 +218,9 @@ def scan_blocks(
         def reuse(x: jax.Array, cache: Any) -> tuple[jax.Array, Any, tuple]:
             with jax.named_scope("reuse"):
                 y = apply_delta(x, delta_cache.entry(cache, index, group))
-            unknown = jnp.asarray(jnp.nan, jnp.float32)
-            outlier = jnp.full((len(sites),), jnp.nan, jnp.float32)
-            return y, cache, (unknown, unknown, jnp.zeros(outlier.shape, jnp.int32), outlier)
+            return y, cache, not_measured()
 
-        if policy.skipper.never:
+        if cache is None:
             return compute(x, cache)
         return jax.lax.cond(skip, reuse, compute, x, cache)
 
@@ -234,9 +241,25 @@ def scan_blocks(
         cache, (x, measured) = jax.lax.scan(one, cache, (split, plan, jnp.arange(groups, dtype=jnp.int32)))
         return (_by_sample(x), cache), measured
 
-    (x, cache), (volatility, change, bits, outlier) = jax.lax.scan(
-        body, (x, state.cache), (params, (routes, skip, refresh), jnp.arange(blocks, dtype=jnp.int32))
-    )
+    def run_all(x: jax.Array, cache: Any) -> tuple[jax.Array, Any, tuple]:
+        inputs = (params, (routes, skip, refresh), jnp.arange(blocks, dtype=jnp.int32))
+        (x, cache), measured = jax.lax.scan(body, (x, cache), inputs)
+        return x, cache, measured
+
+    def compute_step(x: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array, tuple]:
+        y, _, measured = run_all(x, None)
+        with jax.named_scope("cache"):
+            return y, (y.astype(jnp.float32) - x.astype(jnp.float32)).astype(x.dtype), measured
+
+    def reuse_step(x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array, tuple]:
+        with jax.named_scope("reuse"):
+            return x + delta, delta, not_measured(blocks, groups)
+
+    if policy.skipper.whole_steps:
+        x, cache, measured = jax.lax.cond(skip[0, 0], reuse_step, compute_step, x, state.cache)
+    else:
+        x, cache, measured = run_all(x, state.cache)
+    volatility, change, bits, outlier = measured
     age = jnp.where(skip, state.age + 1, 0)
     observation = Observation(computed=~skip, volatility=volatility, delta_change=change)
     trace = PrecisionTrace(

@@ -3,7 +3,8 @@
 A skipper has `init(blocks, groups) -> state` and
 `decide(state, observation, progress) -> (skip, refresh, state)`, both bool [blocks, groups]: whether the block is
 skipped, and whether it is computed and its delta may be reused by a later step. `never` is True for the one that skips
-nothing: then there is no cache. `observes` tells whether it needs the deltas' change measured.
+nothing: then there is no cache. `whole_steps` is True for one that skips all blocks of all videos or none. `observes`
+tells whether it needs the deltas' change measured.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -22,10 +23,13 @@ class Skipper(Protocol):
 
     Attributes:
         never: whether it skips nothing at all: then there is no cache.
+        whole_steps: whether it skips all blocks of all videos or none. Then what they add together is cached, in one
+            array instead of one a block, and a skipped step is one sum.
         observes: whether it needs the change of the deltas measured.
     """
 
     never: bool
+    whole_steps: bool
     observes: bool
 
     def init(self, blocks: int, groups: int) -> Any:
@@ -55,6 +59,7 @@ class NeverSkip:
     """Every block at every step."""
 
     never = True
+    whole_steps = False
     observes = False
 
     def init(self, blocks: int, groups: int) -> None:
@@ -78,6 +83,7 @@ class EveryNth:
     warm_up: int = struct.field(pytree_node=False, default=5)
     cool_down: int = struct.field(pytree_node=False, default=2)
     never = False
+    whole_steps = True
     observes = False
 
     def __post_init__(self) -> None:
@@ -129,6 +135,7 @@ class DeltaSkipper:
     warm_up: int = struct.field(pytree_node=False, default=5)
     cool_down: int = struct.field(pytree_node=False, default=2)
     never = False
+    whole_steps = False
     observes = True
 
     def __post_init__(self) -> None:

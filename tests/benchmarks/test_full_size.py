@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import attention, blocks, conversion, end_to_end
+from benchmarks import attention, blocks, conversion, end_to_end, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -26,11 +26,12 @@ def test_conversion(tmp_path):
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path):
-    arguments = ["--models", "mini", "--steps", "5", "--shares", "0.4", "--bits", "6"]
+    arguments = ["--models", "mini", "--steps", "5", "--shares", "0.4", "--block-shares", "0.2", "--bits", "6"]
     rows = end_to_end.main([*arguments, "--out", str(tmp_path / "e.json")])
-    assert [row.name.split(",")[0] for row in rows] == ["bf16", "INT8", "INT8 and NVFP4", "INT8"]
-    assert [row.skip_share for row in rows] == [0, 0, 0, 0.4]
-    assert [row.mean_bits for row in rows] == [16, 8, 6, 4.8]
+    assert [row.name.split(",")[0] for row in rows] == ["bf16", "INT8", "INT8 and NVFP4", "INT8", "INT8"]
+    assert [row.skip_share for row in rows] == [0, 0, 0, 0.4, 0.2]
+    assert [row.mean_bits for row in rows] == [16, 8, 6, 4.8, 6.4]
+    assert rows[3].peak_gib < rows[4].peak_gib
     assert rows[0].weights_gib > 2 * rows[1].weights_gib
     assert "16.0" in (tmp_path / "e.md").read_text()
     assert (tmp_path / "e.png").stat().st_size > 10_000
@@ -48,3 +49,14 @@ def test_blocks(tmp_path):
     assert parts["INT8"] >= shared | {"quantize", "cast", "cache", "reuse"}
     assert all(row.ms > 0 for row in rows)
     assert "a computed block" in (tmp_path / "b.md").read_text()
+
+
+@pytest.mark.slow
+def test_start(tmp_path):
+    """Two processes, the second of which finds what the first compiled."""
+    first, second = start.main(["--models", "mini", "--out", str(tmp_path / "s.json")])
+    assert (first.cached, second.cached) == (False, True)
+    for row in (first, second):
+        assert 0 < row.imports_s < row.first_step_s
+        assert row.weights_s + row.lowering_s + row.compile_s < row.first_step_s
+    assert second.compile_s < first.compile_s

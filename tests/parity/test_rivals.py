@@ -12,6 +12,18 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-parity" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-parity; `make parity` makes it")
 
+COMPILED_CACHE = """
+import dataclasses, importlib.util, json
+
+from benchmarks import rivals
+
+rival = dataclasses.replace(rivals.RIVALS["dbcache_compile"], cudnn=False)
+row = None
+if importlib.util.find_spec("cache_dit"):
+    row = dataclasses.asdict(rivals.measure("tiny", rival, "cpu", 1, "default"))
+print(json.dumps(row))
+"""
+
 DESCRIBE = """
 import json, sys
 from types import SimpleNamespace
@@ -84,10 +96,15 @@ def test_command(tmp_path):
 def test_caches_leave_out_what_they_are_for(tmp_path):
     """Of every three steps one repeats another: all but the first of two blocks; and every second attention."""
     out = tmp_path / "rivals.json"
-    run("-m", "benchmarks.rivals", "--rows", "first_block", "broadcast", "--calls", "2", "--out", out)
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["left_out"] for row in rows] == ["17% of the blocks", "50% of the attentions"]
-    assert all(row["step_ms"] > 0 for row in rows)
+    run("-m", "benchmarks.rivals", "--rows", "first_block", "broadcast", "dbcache", "--calls", "2", "--out", out)
+    record = json.loads(out.read_text())
+    wanted = ["17% of the blocks", "50% of the attentions"]
+    if "cache_dit" in record["versions"]:
+        wanted.append("17% of the blocks")
+    else:
+        assert list(record["not_measured"].values()) == ["cache_dit is not installed"]
+    assert [row["left_out"] for row in record["rows"]] == wanted
+    assert all(row["step_ms"] > 0 for row in record["rows"])
 
 
 @pytest.mark.slow
@@ -96,5 +113,15 @@ def test_compiled(tmp_path):
     run("-m", "benchmarks.rivals", "--rows", "compile", "--calls", "1", "--out", out)
     (row,) = json.loads(out.read_text())["rows"]
     assert row["name"] == "diffusers bf16, torch.compile"
+    assert row["compile_s"] > 1
+    assert row["attention"] == "flash"
+
+
+@pytest.mark.slow
+def test_compiled_with_a_cache():
+    row = json.loads(run("-c", COMPILED_CACHE).splitlines()[-1])
+    if row is None:
+        pytest.skip("cache_dit is not installed")
+    assert row["left_out"] == "17% of the blocks"
     assert row["compile_s"] > 1
     assert row["attention"] == "flash"

@@ -1,13 +1,14 @@
 """The sampling loop under policies, on a small transformer with random weights."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from policies import BLOCKS, POLICIES, STEPS, arguments, delta_skipper, make, volatility_router
+from policies import BLOCKS, CONFIG, POLICIES, STEPS, arguments, delta_skipper, make, volatility_router
 
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
@@ -87,10 +88,11 @@ def test_a_skipped_block_adds_its_last_delta(quantized, cache_format):
     assert 0 < error < 1
 
 
-def test_skipped_blocks_run_no_matmul(plain):
+@pytest.mark.parametrize("name", ["cache", "every second"])
+def test_skipped_blocks_run_no_matmul(plain, name):
     """Weights of a block are NaN from a step on in which it is always skipped."""
     model = plain.merge()
-    state, inputs = sampler.prepare(model, *arguments()[:3], arguments()[3], policy := POLICIES["cache"])
+    state, inputs = sampler.prepare(model, *arguments()[:3], arguments()[3], policy := POLICIES[name])
     conditioning = arguments()[3]
     row = [jax.tree.map(lambda x, i=i: x[i], inputs) for i in range(STEPS)]
     for i in range(2):
@@ -106,6 +108,23 @@ def test_skipped_blocks_run_no_matmul(plain):
     plainly = state.replace(precision=None)
     computed, _ = sampler._jitted_step(Split.of(poisoned), plainly, row[2], conditioning, None, steps=STEPS)
     assert jnp.isnan(computed.latents).all()
+
+
+def test_whole_steps_need_one_delta(quantized):
+    """Of the size of the stream, whatever the number of blocks and videos, and videos still decide for themselves."""
+    policy = dataclasses.replace(POLICIES["every second"], router=ConstantRouter(route="int8"), outlier_limit=5.0)
+    state, _ = sampler.prepare(quantized.merge(), *arguments(2), policy)
+    model = quantized.merge()
+    tokens = arguments()[3].prompt_embeds.shape[1] + math.prod(model.token_grid(arguments()[2].shape))
+    assert state.precision.cache.shape == (2 * 2, tokens, CONFIG.inner_dim)
+    _, trace = sampler.sample(quantized, *arguments(2), policy=policy)
+    bits = np.asarray(trace.precision.bits)
+    assert bits.shape[2] == 2
+    skipped = (bits == 0).all((1, 2, 3))
+    np.testing.assert_array_equal(np.flatnonzero(skipped), [2, 4, 6])
+    assert (bits[~skipped] > 0).all()
+    assert (bits[[1, 3, 5]] == 16).any()
+    assert (bits[[0, 7]] == 8).all()
 
 
 @pytest.mark.parametrize("name", ["volatility", "sixbit"])

@@ -54,7 +54,7 @@ POLICIES = {
         router=CostAwareRouter.of(volatility_router(), {"nvfp4": 0.5, "int8": 1.0, "16bit": 2.0})
     ),
     "cache": PrecisionPolicy(skipper=delta_skipper()),
-    "every second": PrecisionPolicy(skipper=EveryNth(n=2, warm_up=1, cool_down=1), cache_format="int8"),
+    "every second": PrecisionPolicy(skipper=EveryNth(n=2, warm_up=1, cool_down=1)),
     "sixbit": PrecisionPolicy(
         router=volatility_router(), skipper=delta_skipper(warm_up=3), outlier_limit=5.0, cache_format="nvfp4"
     ),

@@ -20,9 +20,7 @@ def prompts_over_devices() -> None:
 
     What is skipped does not depend on the data: a decision that is near its threshold may be another one by rounding.
     """
-    policy = PrecisionPolicy(
-        router=ConstantRouter(route="int8"), skipper=EveryNth(n=3, warm_up=2, cool_down=1), cache_format="int8"
-    )
+    policy = PrecisionPolicy(router=ConstantRouter(route="int8"), skipper=EveryNth(n=3, warm_up=2, cool_down=1))
     model = policies.make(quantized=True)
     schedule, scale, latents, conditioning = policies.arguments(batch=8)
     wanted, _ = sampler.sample(model, schedule, scale, latents, conditioning, policy=policy)
@@ -80,7 +78,6 @@ def blocks_of_any_model() -> None:
     policy = PrecisionPolicy(
         router=TableRouter.of(np.arange(foreign.BLOCKS * 3).reshape(1, foreign.BLOCKS, 3) % 3),
         skipper=EveryNth(n=2, warm_up=2, cool_down=1),
-        cache_format="int8",
         joint=True,
     )
     model, x = foreign.make(), foreign.noise(8)
