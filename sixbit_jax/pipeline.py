@@ -221,7 +221,7 @@ class Pipeline:
             dtype: compute and parameter dtype of all models.
             vae_tiling: see the class.
             quantization: "w4a16" (weights only), "int8", "nvfp4" (activations on one route), "int8-reuse" (INT8, with
-                every second step's blocks taken from the delta cache), "sixbit" (routed to a mean of 6 bits, with
+                every second step adding what all blocks added at the last), "sixbit" (routed to a mean of 6 bits, with
                 blocks skipped as they allow it), or a `QuantizationConfig`. None leaves the model as it is.
             calibration: a file of `sixbit calibrate`; None takes the one in the folder, if there is one.
 

@@ -59,11 +59,11 @@ class QuantizationConfig:
         target_skip: share of all blocks of all steps that are skipped; 0 for none.
         skip_threshold: of the delta cache, instead of a target.
         skip_every: n, at least 2, to skip all blocks at every n-th step instead, whatever the activations do
-            (`EveryNth`). Without any of the three nothing is skipped.
+            (`EveryNth`); what they add together is kept in 16 bits. Without any of the three nothing is skipped.
         target_psnr: dB against the 16-bit route: the fewest bits that reach it, of what calibration measured.
         max_skips, warm_up, cool_down: of the delta cache, see `DeltaSkipper`.
         outlier_limit: of the purified refresh, see `PrecisionPolicy`; None turns it off.
-        cache_format: "16bit", "int8" or "nvfp4".
+        cache_format: of the deltas of single blocks: "16bit", "int8" or "nvfp4".
         carrier: what NVFP4 operands are multiplied in where there are no FP4 tensor cores: "exact" or "fp8".
         joint: decide for all videos of a batch together.
         hardware_aware: never take NVFP4 where INT8 costs no more on this device. On a GPU without FP4 tensor cores
@@ -164,7 +164,7 @@ NAMED = {
     "sixbit": QuantizationConfig(target_mean_bits=6.0, target_skip=0.3),
 }
 """What `Pipeline.from_pretrained(quantization=...)` knows by name: weights only, W4A8, W4A4, W4A8 with every second
-step's blocks taken from the cache, and the paper's method."""
+step reused, and the paper's method."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import attention, blocks, conversion, end_to_end, start
+from benchmarks import attention, blocks, conversion, end_to_end, start, text_encoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,3 +60,11 @@ def test_start(tmp_path):
         assert 0 < row.imports_s < row.first_step_s
         assert row.weights_s + row.lowering_s + row.compile_s < row.first_step_s
     assert second.compile_s < first.compile_s
+
+
+@pytest.mark.slow
+def test_text_encoder(tmp_path):
+    rows = text_encoder.main(["--clips", "8", "--steps", "4", "--out", str(tmp_path / "t.json")])
+    errors = {row.name: row.features for row in rows}
+    assert 0 < errors["float32"] < 0.02 < min(errors["NVFP4"], errors["NVFP4, no rotation"]) < 0.5
+    assert rows[0].psnr > max(row.psnr for row in rows[1:])
