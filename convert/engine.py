@@ -10,14 +10,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from convert.errors import ConversionError, Problem
+from convert.errors import CheckpointError, ConversionError, Problem
 from convert.rules import Rule, Shape, ours_shape, published_shape, to_ours, to_published
 
 FLOATS = tuple(np.dtype(d) for d in (np.float32, ml_dtypes.bfloat16, np.float16))
+
+
+def checked_dtype(dtype: Any) -> np.dtype | None:
+    """`dtype` as a NumPy dtype; None stays None.
+
+    Raises:
+        CheckpointError: if it is not float32, bfloat16 or float16.
+    """
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in FLOATS:
+        raise CheckpointError(f"dtype {dtype!r}: one of {', '.join(d.name for d in FLOATS)} is needed")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,9 +13,15 @@ from flax import nnx
 
 from convert.engine import Target, build
 from convert.errors import CheckpointError
-from pallas_kernels.common.formats import BLOCK, NVFP4Array
-from pallas_kernels.rotate_quantize import rotate_quantize
-from sixbit_jax.qtensor import TEXT_ENCODER_RULES, TRANSFORMER_RULES, QuantLinear, quantized_paths, replace_linears
+from pallas_kernels.common.formats import BLOCK
+from sixbit_jax.qtensor import (
+    TEXT_ENCODER_RULES,
+    TRANSFORMER_RULES,
+    QuantLinear,
+    quantize_weight,
+    quantized_paths,
+    replace_linears,
+)
 
 RULES = {"transformer": TRANSFORMER_RULES, "text_encoder": TEXT_ENCODER_RULES}
 """Models that can be quantised."""
@@ -96,13 +103,17 @@ def quantize_targets(
 
 
 def build_arrays(
-    target: Target | QuantizedTarget, tensors: Mapping[str, Any], progress: Callable[[int], Any] = lambda nbytes: None
+    target: Target | QuantizedTarget,
+    tensors: Mapping[str, Any],
+    progress: Callable[[int], Any] = lambda nbytes: None,
+    moments: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """Reads, and quantises, what is stored for one parameter, by dotted path.
 
     Args:
         target: the parameter.
         tensors: by published key.
+        moments: of the inputs of stacked linears, to round these for them; as in `quantize_model`.
         progress: is called with the number of bytes that have been made since the last call.
 
     Raises:
@@ -118,9 +129,13 @@ def build_arrays(
     for layer in range(dense.shape[0]) if stacked else [None]:
         slots = tuple(dataclasses.replace(slot, index=None) for slot in dense.slots if slot.index == layer)
         kernel = build(dataclasses.replace(dense, shape=dense.shape[-2:], slots=slots), tensors)
-        weight: NVFP4Array = rotate_quantize(
-            jnp.asarray(kernel.T), format="nvfp4", hadamard=target.hadamard, four_over_six=target.four_over_six
-        )[0]
+        moment = moments.get(target.path)
+        weight = quantize_weight(
+            jnp.asarray(kernel.T),
+            hadamard=target.hadamard,
+            four_over_six=target.four_over_six,
+            moment=moment if moment is None or layer is None else moment[layer],
+        )
         for path, array in out.items():
             array[... if layer is None else layer] = getattr(weight, path.rpartition(".")[2])
         progress(target.nbytes // (dense.shape[0] if stacked else 1))

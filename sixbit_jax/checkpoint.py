@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from convert.command import checked_dtype
 from convert.components import MODELS, Component, abstract_module, checked_names, parse_config
-from convert.engine import build, dotted, nest, to_diffusers
+from convert.engine import build, checked_dtype, dotted, nest, to_diffusers
 from convert.errors import CheckpointError
 from convert.published import is_published, locate, open_published, parse_scheduler, plan_all
 from convert.quantize import with_quantized_linears

@@ -1,20 +1,22 @@
 """Linear layers whose weight is stored in NVFP4, and the rules that put them in the place of ordinary ones."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.common.formats import CARRIERS, CarriedArray, Int8Array, NVFP4Array
+from pallas_kernels.common.formats import CARRIERS, CarriedArray, Int8Array, NVFP4Array, hadamard_block
 from pallas_kernels.nvfp4_cast import cast
 from pallas_kernels.rotate_quantize import rotate_quantize
 from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.weight_only_matmul import weight_only_matmul
+from sixbit_jax.rounding import round_to_inputs
 
 FORMATS = ("nvfp4", "keep")
 """What a rule can do with a linear."""
@@ -53,7 +55,12 @@ class QuantLinear(nnx.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nnx.Linear, *, hadamard: int | None = None, four_over_six: bool = False
+        cls,
+        linear: nnx.Linear,
+        *,
+        hadamard: int | None = None,
+        four_over_six: bool = False,
+        moment: Float32[Array, "*layers groups size size"] | None = None,
     ) -> "QuantLinear":
         """Quantises the kernel of a flax layer.
 
@@ -62,19 +69,22 @@ class QuantLinear(nnx.Module):
                 gives shapes.
             hadamard: as in `rotate_quantize`: None for the largest block that fits.
             four_over_six: likewise.
+            moment: of its inputs, to round for them (`rounding.round_to_inputs`); None rounds each weight to the
+                nearest.
 
         Raises:
-            ValueError: if `in` is not a multiple of 16, or of the rotation's block.
+            ValueError: if `in` is not a multiple of 16, or of the rotation's block; or if the moment is of another
+                size, or given together with `four_over_six`.
         """
         kernel = linear.kernel.get_value()
 
-        def quantize(kernel: Float[Array, "..."]) -> NVFP4Array:
+        def quantize(kernel: Float[Array, "..."], moment: Float32[Array, "..."] | None) -> NVFP4Array:
             if kernel.ndim == 3:
-                return jax.lax.map(quantize, kernel)
-            return rotate_quantize(kernel.T, format="nvfp4", hadamard=hadamard, four_over_six=four_over_six)[0]
+                return jax.lax.map(lambda one: quantize(*one), (kernel, moment))
+            return quantize_weight(kernel.T, hadamard=hadamard, four_over_six=four_over_six, moment=moment)
 
         abstract = isinstance(kernel, jax.ShapeDtypeStruct)
-        weight = jax.eval_shape(quantize, kernel) if abstract else quantize(kernel)
+        weight = jax.eval_shape(quantize, kernel, moment) if abstract else quantize(kernel, moment)
         bias = None if linear.bias is None else linear.bias.get_value()
         return cls(weight, bias, dtype=linear.dtype or kernel.dtype)
 
@@ -138,12 +148,41 @@ class QuantLinear(nnx.Module):
         return None if self.bias is None else self.bias[...]
 
 
+def quantize_weight(
+    weight: Float[Array, "out k"],
+    *,
+    hadamard: int | None,
+    four_over_six: bool,
+    moment: Float32[Array, "groups size size"] | None,
+) -> NVFP4Array:
+    """A weight in NVFP4, each value rounded to the nearest, or all of them for inputs of a second moment.
+
+    Args:
+        weight: of one linear.
+        hadamard: as in `rotate_quantize`.
+        four_over_six: likewise.
+        moment: as in `rounding.round_to_inputs`; None rounds to the nearest.
+
+    Raises:
+        ValueError: as `QuantLinear.from_linear`.
+    """
+    if moment is None:
+        return rotate_quantize(weight, format="nvfp4", hadamard=hadamard, four_over_six=four_over_six)[0]
+    if four_over_six:
+        raise ValueError("four_over_six chooses scales for the nearest values; it does not go with a moment")
+    groups, size, _ = moment.shape
+    if groups * size != weight.shape[1]:
+        raise ValueError(f"a moment of {groups} x {size} inputs is not of a weight with {weight.shape[1]}")
+    return round_to_inputs(weight, moment, hadamard=hadamard_block(weight.shape[1], hadamard))
+
+
 def quantize_model[M: nnx.Module](
     model: M,
     rules: Sequence[tuple[str, str]] = TRANSFORMER_RULES,
     *,
     hadamard: int | None = None,
     four_over_six: bool = False,
+    moments: Mapping[str, Float32[Array, "*layers groups size size"]] | None = None,
 ) -> M:
     """Replaces linear layers of an NNX module, in place, by `QuantLinear`.
 
@@ -154,15 +193,18 @@ def quantize_model[M: nnx.Module](
             `nnx.Linear` decides: "nvfp4", or "keep".
         hadamard: as in `rotate_quantize`: None for the largest block that fits each layer.
         four_over_six: likewise.
+        moments: of the inputs of linears, by dotted path (`moments.gather`), to round those for them; the others are
+            rounded to the nearest.
 
     Returns:
         The same module.
 
     Raises:
         ValueError: listing every rule that matches nothing, every linear that no rule covers, and every linear
-            whose size the format does not divide. The module is then as it was.
+            whose size the format or its moment does not fit. The module is then as it was.
     """
-    return replace_linears(model, quantized_paths(model, rules), hadamard=hadamard, four_over_six=four_over_six)
+    paths = quantized_paths(model, rules)
+    return replace_linears(model, paths, hadamard=hadamard, four_over_six=four_over_six, moments=moments or {})
 
 
 def quantized_paths(model: nnx.Module, rules: Sequence[tuple[str, str]]) -> list[str]:
@@ -190,19 +232,30 @@ def quantized_paths(model: nnx.Module, rules: Sequence[tuple[str, str]]) -> list
     return chosen
 
 
-def replace_linears[M: nnx.Module](model: M, paths: Sequence[str], *, hadamard: int | None, four_over_six: bool) -> M:
+def replace_linears[M: nnx.Module](
+    model: M,
+    paths: Sequence[str],
+    *,
+    hadamard: int | None,
+    four_over_six: bool,
+    moments: Mapping[str, Float32[Array, "*layers groups size size"]] = MappingProxyType({}),
+) -> M:
     """`quantize_model` for the linears at these paths.
 
     Raises:
-        ValueError: listing every path that is no linear's, and every linear whose size the format does not divide.
+        ValueError: listing every path that is no linear's, every linear whose size the format or its moment does not
+            fit, and every moment of what is not quantised.
     """
-    linears, replaced, problems = _linears(model), {}, []
+    linears, replaced = _linears(model), {}
+    problems = [f"a moment of {path}, which is not quantised" for path in moments if path not in paths]
     for path in paths:
         if path not in linears:
             problems.append(f"there is no linear {path}")
             continue
         try:
-            replaced[path] = QuantLinear.from_linear(linears[path][1], hadamard=hadamard, four_over_six=four_over_six)
+            replaced[path] = QuantLinear.from_linear(
+                linears[path][1], hadamard=hadamard, four_over_six=four_over_six, moment=moments.get(path)
+            )
         except ValueError as error:
             problems.append(f"{path}: {error}")
     if problems:

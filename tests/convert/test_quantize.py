@@ -21,8 +21,9 @@ from convert.__main__ import app
 from convert.engine import dotted
 from convert.errors import CheckpointError
 from convert.store import read_manifest
-from sixbit_jax import checkpoint
+from sixbit_jax import Pipeline, checkpoint, moments
 from sixbit_jax.config import TransformerConfig
+from sixbit_jax.pipeline import MINI_MODEL
 from sixbit_jax.qtensor import TEXT_ENCODER_RULES, QuantLinear, quantize_model
 
 LARGE = TransformerConfig(num_attention_heads=16, num_layers=8, text_embed_dim=64)
@@ -75,12 +76,38 @@ def test_bytes_at_rest(published, tmp_path):
     assert entry["bytes"] == sum(np.dtype(a["dtype"]).itemsize * int(np.prod(a["shape"])) for a in arrays.values())
 
 
+def test_rounded_for_what_prompts_show(tmp_path):
+    """The bytes of quantising the loaded model with the moments of the same prompts."""
+    prompts, steps = ["a red 3 moves left fast", "a blue 7 moves up slowly"], 3
+    out = convert(
+        MINI_MODEL,
+        tmp_path / "out",
+        dtype="bfloat16",
+        quantize={"transformer": "nvfp4"},
+        prompts=prompts,
+        num_inference_steps=steps,
+        progress=False,
+    )
+    pipe = Pipeline.from_pretrained("mini")
+    seen = moments.gather(pipe, prompts, num_inference_steps=steps)
+    wanted = quantize_model(pipe.transformer.merge(), moments=seen)
+    found = checkpoint.load(out, dtype=jnp.bfloat16, components=["transformer"]).transformer
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(wanted))
+    nearest = quantize_model(Pipeline.from_pretrained("mini").transformer.merge())
+    assert (found.blocks.ff_in.codes[...] != nearest.blocks.ff_in.codes[...]).any()
+    entry = read_manifest(out)["components"]["transformer"]["quantized"]
+    assert (entry["prompts"], entry["num_inference_steps"]) == (prompts, steps)
+
+
 def test_what_cannot_be_quantised(published, tmp_path):
     for options, message in (
         ({"quantize": {"vae": "nvfp4"}}, "vae can't be quantised; transformer, text_encoder can"),
         ({"quantize": {"transformer": "int4"}}, "transformer='int4'; the format is 'nvfp4'"),
         ({"quantize": {"transformer": "nvfp4"}, "components": ["vae"]}, "what is converted: vae"),
         ({"quantize": {"transformer": "nvfp4"}, "hadamard": 128}, "hadamard=128 does not divide"),
+        ({"prompts": ["a"]}, "prompts: are to round the transformer's weights"),
+        ({"prompts": ["a"], "quantize": {"transformer": "nvfp4"}, "four_over_six": True}, "not with four_over_six"),
+        ({"prompts": ["a"], "quantize": {"transformer": "nvfp4"}}, "a pipeline needs a transformer and a scheduler"),
     ):
         with pytest.raises(CheckpointError, match=message):
             convert(published, tmp_path / "out", progress=False, **options)
