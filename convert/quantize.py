@@ -18,6 +18,7 @@ from sixbit_jax.qtensor import (
     TEXT_ENCODER_RULES,
     TRANSFORMER_RULES,
     QuantLinear,
+    check_rounded,
     quantize_weight,
     quantized_paths,
     replace_linears,
@@ -136,6 +137,8 @@ def build_arrays(
             four_over_six=target.four_over_six,
             moment=moment if moment is None or layer is None else moment[layer],
         )
+        if moment is not None:
+            check_rounded(weight)
         for path, array in out.items():
             array[... if layer is None else layer] = getattr(weight, path.rpartition(".")[2])
         progress(target.nbytes // (dense.shape[0] if stacked else 1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
@@ -74,7 +75,7 @@ class QuantLinear(nnx.Module):
 
         Raises:
             ValueError: if `in` is not a multiple of 16, or of the rotation's block; or if the moment is of another
-                size, or given together with `four_over_six`.
+                size, not finite, or given together with `four_over_six`.
         """
         kernel = linear.kernel.get_value()
 
@@ -85,6 +86,8 @@ class QuantLinear(nnx.Module):
 
         abstract = isinstance(kernel, jax.ShapeDtypeStruct)
         weight = jax.eval_shape(quantize, kernel, moment) if abstract else quantize(kernel, moment)
+        if moment is not None and not abstract:
+            check_rounded(weight)
         bias = None if linear.bias is None else linear.bias.get_value()
         return cls(weight, bias, dtype=linear.dtype or kernel.dtype)
 
@@ -174,6 +177,12 @@ def quantize_weight(
     if groups * size != weight.shape[1]:
         raise ValueError(f"a moment of {groups} x {size} inputs is not of a weight with {weight.shape[1]}")
     return round_to_inputs(weight, moment, hadamard=hadamard_block(weight.shape[1], hadamard))
+
+
+def check_rounded(weight: NVFP4Array) -> None:
+    """Raises ValueError if a weight that was rounded with a moment is NaN."""
+    if not np.isfinite(np.asarray(weight.tensor_scale)).all():
+        raise ValueError("the moment of its inputs, or the weight, has NaN or Inf, or the moment no inverse")
 
 
 def quantize_model[M: nnx.Module](

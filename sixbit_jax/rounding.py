@@ -68,13 +68,14 @@ def round_to_inputs(
         hadamard: block of the rotation; 0 for none.
 
     Returns:
-        The array, [out, k] with one tensor scale.
+        The array, [out, k] with one tensor scale; which is NaN if the moment has no inverse, NaN in it included.
     """
     out = len(weight)
     groups, size, _ = moment.shape
     w = rotate(weight.astype(jnp.float32), hadamard)
     tensor_scale = jnp.maximum(jnp.abs(w).max() * (1 / (E2M1_MAX * E4M3_MAX)), MIN_SCALE)
     factors = jax.lax.map(functools.partial(_inverse_factor, hadamard=hadamard), moment)
+    tensor_scale = jnp.where(jnp.isfinite(factors).all(), tensor_scale, jnp.nan)
     by_group = jnp.moveaxis(w.reshape(out, groups, size), 1, 0)
     found = jax.lax.map(lambda each: _round_group(each[0], each[1], tensor_scale), (by_group, factors))
     codes, scales = (jnp.moveaxis(values, 0, 1).reshape(out, -1) for values in found)

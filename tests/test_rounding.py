@@ -168,6 +168,8 @@ def test_bad_moments_are_refused():
         quantize_model(model(), moments={"blocks.nothing": good["blocks.attn_in"]})
     with pytest.raises(ValueError, match=r"blocks.ff_out: a moment of 1 x \d+ inputs is not of a weight with"):
         quantize_model(model(), moments={"blocks.ff_out": good["blocks.attn_in"]})
+    with pytest.raises(ValueError, match=r"blocks.ff_in: the moment of its inputs, or the weight, has NaN"):
+        quantize_model(model(), moments={"blocks.ff_in": good["blocks.ff_in"].at[1, 0, 2, 3].set(jnp.nan)})
     with pytest.raises(ArgumentError, match="quantised already"):
         moments.init(make(quantized=True))
     pipe = Pipeline.from_pretrained("mini")
