@@ -121,7 +121,7 @@ def gather(
 ) -> Moments:
     """Samples each prompt alone, and sums what the linears of the blocks see.
 
-    Takes the memory of the moments beside that of sampling: 13 GB for CogVideoX-5B, 6 GB for 2B.
+    Takes the memory of the moments beside that of sampling: 13 GB for CogVideoX-5B, 5 GB for 2B.
 
     Args:
         pipe: not quantised.
