@@ -262,7 +262,7 @@ def draw_stacking(figure: Figure, rows: Sequence[Row]) -> bool:
     if not chosen:
         return False
     chosen.sort(key=_psnr)
-    figure.set_size_inches(10, 1.2 + 0.22 * len(chosen))
+    figure.set_size_inches(10, 1.5 + 0.22 * len(chosen))
     axes = figure.subplots()
     names = [f"{row['name']}: {row['mean_bits']:.1f} bits, {100 * row['skip_share']:.0f} % skipped" for row in chosen]
     worst = [row["psnr"]["worst"] for row in chosen]
@@ -278,7 +278,7 @@ def draw_stacking(figure: Figure, rows: Sequence[Row]) -> bool:
             axes.axvline(_psnr(row), color="0.3", linestyle=style, label=f"{row['name']} without cache")
     axes.set(xlabel="mean PSNR against bf16, dB", ylim=(-1, len(chosen)), xlim=(np.floor(min(worst)) - 1, None))
     axes.set_yticks(range(len(chosen)), names, fontsize=7)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=6)
     return True
 
 

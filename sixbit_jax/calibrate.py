@@ -16,7 +16,7 @@ import numpy as np
 
 from sixbit_jax import metrics
 from sixbit_jax.errors import ArgumentError
-from sixbit_jax.pipeline import Pipeline, video_keys
+from sixbit_jax.pipeline import Pipeline
 from sixbit_jax.precision import PrecisionPolicy, measuring
 from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.precision.calibration import Calibration, Fingerprint, OperatingPoints, fit
@@ -29,7 +29,7 @@ from sixbit_jax.precision.targets import (
     policy_of,
     with_thresholds,
 )
-from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling import sampler
 
 __all__ = ["Calibration", "calibrate", "read_prompts", "work"]
 
@@ -77,17 +77,10 @@ def calibrate(
         raise ArgumentError(f"{points=} must not be negative")
     pipe = pipe.quantized()
     report = progress or (lambda what: None)
-    own = zip((num_frames, height, width), pipe.default_size, strict=True)
-    num_frames, height, width = (default if given is None else given for given, default in own)
-    shape = pipe._latents_shape(num_frames, height, width)
-    schedule = schedulers.make_schedule(pipe.scheduler, num_inference_steps)
-    keys = video_keys(seed, len(prompts))
-
-    def run_inputs(index: int) -> tuple:
-        texts = pipe.checked_texts([prompts[index]], guided=guidance_scale > 1)
-        positive, negative = pipe.encode(texts[0]), None if texts[1] is None else pipe.encode(texts[1])
-        one = keys[index : index + 1]
-        return pipe.sampler_inputs(positive, negative, one, shape, schedule, guidance_scale=guidance_scale)
+    size = num_frames, height, width = pipe.size(num_frames=num_frames, height=height, width=width)
+    run_inputs = pipe.separate_runs(
+        prompts, size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
+    )
 
     def seen(latents: np.ndarray) -> np.ndarray:
         return latents if pipe.vae is None else pipe.decode(jnp.asarray(latents), num_frames)

@@ -292,12 +292,12 @@ def generate(
         return _with_scheduler(pipe, scheduler)
 
     pipe = load(config)
-    own_frames, own_height, own_width = pipe.default_size
+    num_frames, height, width = pipe.size(num_frames=num_frames, height=height, width=width)
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt,
-        "height": own_height if height is None else height,
-        "width": own_width if width is None else width,
-        "num_frames": own_frames if num_frames is None else num_frames,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "use_dynamic_cfg": use_dynamic_cfg,

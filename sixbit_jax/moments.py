@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Float32
 
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
-from sixbit_jax.models.layers import LayerNorm
-from sixbit_jax.models.linears import SITES, Modulation, PlainLinears, modulated
+from sixbit_jax.models.linears import SITES, PlainLinears
 from sixbit_jax.models.split import Split
-from sixbit_jax.pipeline import Pipeline, video_keys
+from sixbit_jax.pipeline import Pipeline
+from sixbit_jax.precision.blocks import blocks_of
 from sixbit_jax.rounding import group_size
 from sixbit_jax.sampling import sampler, schedulers
 
@@ -30,20 +30,11 @@ class RecordingLinears(PlainLinears):
     def __init__(self) -> None:
         self.found: dict[str, Float32[Array, "groups size size"]] = {}
 
-    def normed(
-        self, site: str, linear: Any, x: jax.Array, norm: LayerNorm, modulation: Modulation, *, gelu: bool = False
-    ) -> jax.Array:
-        self._record(site, modulated(norm, x, modulation))
-        return super().normed(site, linear, x, norm, modulation, gelu=gelu)
-
-    def gated(self, site: str, linear: Any, x: jax.Array, residual: jax.Array, modulation: Modulation) -> jax.Array:
-        self._record(site, x)
-        return super().gated(site, linear, x, residual, modulation)
-
-    def _record(self, site: str, x: Float[Array, "batch tokens k"]) -> None:
+    def __call__(self, site: str, linear: Any, x: Float[Array, "batch tokens k"]) -> jax.Array:
         size = group_size(x.shape[-1])
-        x = x.reshape(-1, x.shape[-1] // size, size)
-        self.found[site] = jnp.einsum("ngi,ngj->gij", x, x, preferred_element_type=jnp.float32)
+        rows = x.reshape(-1, x.shape[-1] // size, size)
+        self.found[site] = jnp.einsum("ngi,ngj->gij", rows, rows, preferred_element_type=jnp.float32)
+        return super().__call__(site, linear, x)
 
 
 @jax.jit(donate_argnames="moments")
@@ -67,23 +58,22 @@ def sample(
     """
     model = transformer.merge()
 
-    def one_block(carry: tuple, inputs: tuple, context: Any, graph: Any) -> tuple[tuple, None]:
-        x, moments = carry
-        params, index = inputs
-        linears = RecordingLinears()
-        x = nnx.merge(graph, params)(x, context, linears)
-        found = {f"blocks.{site}": value for site, value in linears.found.items()}
-        return (x, {path: moments[path].at[index].add(value) for path, value in found.items()}), None
-
     def body(carry: tuple, inputs: sampler.StepInputs) -> tuple[tuple, None]:
         state, moments = carry
         samples, text, timestep = sampler.forward_inputs(state, inputs, conditioning)
         x, context = model.embed(samples, text, timestep)
-        graph, params = nnx.split(model.blocks)
-        blocks = jnp.arange(model.config.num_layers, dtype=jnp.int32)
-        (x, moments), _ = jax.lax.scan(
-            lambda carry, inputs: one_block(carry, inputs, context, graph), (x, moments), (params, blocks)
-        )
+        block, params = blocks_of(model, context)
+
+        def one_block(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            x, moments = carry
+            params, index = inputs
+            linears = RecordingLinears()
+            x = block(params, x, context.temb, linears)
+            added = {path: moments[path].at[index].add(linears.found[path.rpartition(".")[2]]) for path in moments}
+            return (x, added), None
+
+        order = jnp.arange(model.config.num_layers, dtype=jnp.int32)
+        (x, moments), _ = jax.lax.scan(one_block, (x, moments), (params, order))
         state, _ = sampler.advance(state, inputs, conditioning, model.project(x, context, samples.shape))
         return (state, moments), None
 
@@ -136,17 +126,13 @@ def gather(
     """
     if not prompts:
         raise ArgumentError("prompts is empty: moments need at least one")
-    own = zip((num_frames, height, width), pipe.default_size, strict=True)
-    num_frames, height, width = (default if given is None else given for given, default in own)
-    shape = pipe._latents_shape(num_frames, height, width)
-    schedule = schedulers.make_schedule(pipe.scheduler, num_inference_steps)
-    keys, moments = video_keys(seed, len(prompts)), init(pipe.transformer)
+    size = pipe.size(num_frames=num_frames, height=height, width=width)
+    run_inputs = pipe.separate_runs(
+        prompts, size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
+    )
+    moments = init(pipe.transformer)
     for index, prompt in enumerate(prompts):
-        texts = pipe.checked_texts([prompt], guided=guidance_scale > 1)
-        positive, negative = pipe.encode(texts[0]), None if texts[1] is None else pipe.encode(texts[1])
-        one = keys[index : index + 1]
-        inputs = pipe.sampler_inputs(positive, negative, one, shape, schedule, guidance_scale=guidance_scale)
-        latents, moments = sample(pipe.transformer, moments, *inputs)
+        latents, moments = sample(pipe.transformer, moments, *run_inputs(index))
         if not bool(jnp.isfinite(latents).all()):
             raise ArgumentError(f"latents of {prompt!r} became NaN or Inf; gather in a wider dtype")
         if progress is not None:

@@ -343,6 +343,17 @@ class Pipeline:
         config, (space, _) = self.transformer.merge().config, self._compression
         return config.sample_frames, config.sample_height * space, config.sample_width * space
 
+    def size(self, *, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """What is given, and of `default_size` what is not.
+
+        Args:
+            num_frames: of a video.
+            height, width: pixels.
+        """
+        given = num_frames, height, width
+        frames, height, width = (own if x is None else x for x, own in zip(given, self.default_size, strict=True))
+        return frames, height, width
+
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "batch text"]:
         """Token ids, int32, padded or cut to the model's text length; a `TruncatedPromptWarning` shows what was cut."""
         limit = self.transformer.merge().config.max_text_seq_length
@@ -479,10 +490,7 @@ class Pipeline:
             raise ArgumentError('this checkpoint has no VAE: pass output_type="latent"')
         if not math.isfinite(guidance_scale):
             raise ArgumentError(f"guidance_scale={guidance_scale} must be a finite number")
-        own = self.default_size
-        num_frames = own[0] if num_frames is None else num_frames
-        height = own[1] if height is None else height
-        width = own[2] if width is None else width
+        num_frames, height, width = self.size(num_frames=num_frames, height=height, width=width)
         shape = self._latents_shape(num_frames, height, width)
         texts = self.checked_texts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=guidance_scale > 1
@@ -558,6 +566,39 @@ class Pipeline:
         noise = initial_latents(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32)
         conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
         return schedule, scale, noise, conditioning
+
+    def separate_runs(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int, int],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> Callable[[int], tuple]:
+        """Each prompt as a video of its own, with the noise of its position -> `sampler_inputs` by position.
+
+        Args:
+            prompts: one text a video.
+            size: num_frames, height and width of a video.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance; at most 1 turns it off.
+            seed: of all videos.
+
+        Raises:
+            ArgumentError: on a size or seed that cannot be; a text is looked at when its turn comes.
+            ConfigError: if the scheduler cannot take that number of steps.
+        """
+        shape, schedule = self._latents_shape(*size), schedulers.make_schedule(self.scheduler, num_inference_steps)
+        keys = video_keys(seed, len(prompts))
+
+        def inputs(index: int) -> tuple:
+            texts = self.checked_texts([prompts[index]], guided=guidance_scale > 1)
+            positive, negative = self.encode(texts[0]), None if texts[1] is None else self.encode(texts[1])
+            one = keys[index : index + 1]
+            return self.sampler_inputs(positive, negative, one, shape, schedule, guidance_scale=guidance_scale)
+
+        return inputs
 
     def decode(
         self, latents: Float[Array, "batch f channels h w"], num_frames: int

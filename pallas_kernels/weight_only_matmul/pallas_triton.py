@@ -62,10 +62,11 @@ class Config:
 def heuristic(*, rows: int, n: int, k: int) -> Config:
     """The configuration of x [rows, k] times a weight [n, k] without a tuned one.
 
-    One row needs many programs more than large ones: with few outputs, each takes whole rows of the weight."""
-    if rows == 1 and k > 64 * BLOCK and n > 4096:
-        return Config(tile_n=8, blocks=64, num_warps=4)
+    One row needs many programs more than large ones: with few outputs, each takes whole rows of the weight.
+    """
     if rows == 1 and k > 64 * BLOCK:
+        if n > 4096:
+            return Config(tile_n=8, blocks=64, num_warps=4)
         blocks = 256 if 128 * BLOCK < k <= 256 * BLOCK else 128
         return Config(tile_n=256 // blocks, blocks=blocks, num_warps=blocks // 64)
     blocks = min(32 if rows == 1 else 64, pl.next_power_of_2(pl.cdiv(k, BLOCK)))

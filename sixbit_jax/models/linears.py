@@ -85,7 +85,7 @@ def modulated(norm: LayerNorm, x: Float[Array, "batch tokens dim"], modulation: 
 
 
 class PlainLinears:
-    """Every linear as an ordinary product in the model's dtype."""
+    """Every linear as an ordinary product in the model's dtype; what each is given goes through a call."""
 
     def __call__(self, site: str, linear: Any, x: jax.Array) -> jax.Array:
         with jax.named_scope(site):
@@ -96,10 +96,11 @@ class PlainLinears:
     ) -> jax.Array:
         with jax.named_scope("norm"):
             x = modulated(norm, x, modulation)
+        y = self(site, linear, x)
         with jax.named_scope(site):
-            y = linear(x)
             return nnx.gelu(y, approximate=True) if gelu else y
 
     def gated(self, site: str, linear: Any, x: jax.Array, residual: jax.Array, modulation: Modulation) -> jax.Array:
+        y = self(site, linear, x)
         with jax.named_scope(site):
-            return residual + per_row(modulation.gate, x.shape[1], modulation.text_length) * linear(x)
+            return residual + per_row(modulation.gate, x.shape[1], modulation.text_length) * y

@@ -13,15 +13,12 @@ PYTHON = ROOT / ".venv-parity" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-parity; `make parity` makes it")
 
 COMPILED_CACHE = """
-import dataclasses, importlib.util, json
+import dataclasses, json
 
 from benchmarks import rivals
 
 rival = dataclasses.replace(rivals.RIVALS["dbcache_compile"], cudnn=False)
-row = None
-if importlib.util.find_spec("cache_dit"):
-    row = dataclasses.asdict(rivals.measure("tiny", rival, "cpu", 1, "default"))
-print(json.dumps(row))
+print(json.dumps(dataclasses.asdict(rivals.measure("tiny", rival, "cpu", 1, "default"))))
 """
 
 DESCRIBE = """
@@ -98,12 +95,9 @@ def test_caches_leave_out_what_they_are_for(tmp_path):
     out = tmp_path / "rivals.json"
     run("-m", "benchmarks.rivals", "--rows", "first_block", "broadcast", "dbcache", "--calls", "2", "--out", out)
     record = json.loads(out.read_text())
-    wanted = ["17% of the blocks", "50% of the attentions"]
-    if "cache_dit" in record["versions"]:
-        wanted.append("17% of the blocks")
-    else:
-        assert list(record["not_measured"].values()) == ["cache_dit is not installed"]
+    wanted = ["17% of the blocks", "50% of the attentions", "17% of the blocks"]
     assert [row["left_out"] for row in record["rows"]] == wanted
+    assert "cache_dit" in record["versions"]
     assert all(row["step_ms"] > 0 for row in record["rows"])
 
 
@@ -120,8 +114,6 @@ def test_compiled(tmp_path):
 @pytest.mark.slow
 def test_compiled_with_a_cache():
     row = json.loads(run("-c", COMPILED_CACHE).splitlines()[-1])
-    if row is None:
-        pytest.skip("cache_dit is not installed")
     assert row["left_out"] == "17% of the blocks"
     assert row["compile_s"] > 1
     assert row["attention"] == "flash"
