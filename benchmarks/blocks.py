@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from benchmarks import record
-from benchmarks.end_to_end import Prescribed, sampling_arguments
-from benchmarks.stages import random_model
+from benchmarks.end_to_end import Prescribed
+from benchmarks.stages import random_model, sampling_arguments
+from benchmarks.video import latent_shape
 from pallas_kernels.common import timer
 from pallas_kernels.workloads import BYTES, normal
 from sixbit_jax.config import TransformerConfig
@@ -97,8 +98,8 @@ def ceilings(size: int) -> Ceilings:
 def floors(config: TransformerConfig, ceiling: Ceilings, *, quantized: bool, cache: str) -> dict[str, float]:
     """Least ms of each part of a block, a guided step of one video."""
     d = config.inner_dim
-    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    grid = frames * config.sample_height * config.sample_width // config.patch_size**2
+    frames, _, height, width = latent_shape(config)
+    grid = frames * height * width // config.patch_size**2
     rows = 2 * (tokens := config.max_text_seq_length + grid)
     stored = BYTES[cache]
     moved = {"norm_rotary": rows * 2 * d * 4}

@@ -28,7 +28,7 @@ from flax import struct
 from matplotlib.figure import Figure
 
 from benchmarks import record
-from benchmarks.stages import COGVIDEOX_SCHEDULER, random_model
+from benchmarks.stages import random_model, sampling_arguments
 from sixbit_jax import Pipeline
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
@@ -39,7 +39,7 @@ from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.precision.routers import INT8, NVFP4, TableRouter
 from sixbit_jax.precision.types import Observation, Progress
 from sixbit_jax.qtensor import quantize_model
-from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling import sampler
 
 MODELS: dict[str, Callable[[], Split]] = {
     "mini": lambda: Pipeline.from_pretrained("mini").transformer,
@@ -117,20 +117,6 @@ def policies(
         name = f"INT8, {share:.0%} of the blocks skipped, cache {cache}"
         rows[name] = PrecisionPolicy(router=router, skipper=skipper, cache_format=cache)
     return rows
-
-
-def sampling_arguments(transformer: Split, steps: int) -> tuple:
-    """What `sampler.sample` takes for one video of the published size."""
-    config = transformer.merge().config
-    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    shape = (1, frames, config.in_channels, config.sample_height, config.sample_width)
-    text = jax.random.normal(jax.random.key(1), (2, 1, config.max_text_seq_length, config.text_embed_dim), "bfloat16")
-    schedule = schedulers.make_schedule(COGVIDEOX_SCHEDULER, steps)
-    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, steps, use_dynamic_cfg=False)
-    conditioning = sampler.Conditioning(
-        prompt_embeds=text[0], negative_prompt_embeds=text[1], keys=jax.random.split(jax.random.key(2), 1)
-    )
-    return transformer, schedule, scale, jax.random.normal(jax.random.key(0), shape), conditioning
 
 
 def measure(model: str, name: str, transformer: Split, policy: PrecisionPolicy | None, steps: int) -> Row:

@@ -1,8 +1,9 @@
 """What each policy costs in fidelity: the mini model against its own bfloat16 run, prompt by prompt.
 
 `python -m benchmarks.fidelity --out benchmarks/fidelity` runs every row, which wants a GPU, and writes results.json,
-report.md and figures; `--clips` and `--seconds` make it smaller, the rows that matter most first, and `--tiny` runs a
-handful of rows on two prompts and four steps, on a CPU. `--resume` goes on with a run that `--seconds` ended.
+report.md and figures; `--clips` and `--seconds` make it smaller, the rows that matter most first, `--only` takes some
+of them, and `--tiny` runs a handful on two prompts and four steps, on a CPU. `--resume` goes on with a run that
+`--seconds` ended.
 
 Every setting of a row's policy is a traced value (`StudyRouter`, `StudySkipper`), so that most rows share one compiled
 program. The clips of a row run one after the other in it, so that decisions are those of each video, and only what is
@@ -12,6 +13,7 @@ decided runs, by the kernels that a user's run would take. Thresholds are solved
 
 import argparse
 import dataclasses
+import fnmatch
 import itertools
 import json
 import time
@@ -66,6 +68,7 @@ class Settings:
         tiny: a few rows alone, and untuned thresholds.
         deadline: seconds after which no further row is started.
         workers: rows that run at once.
+        only: shell patterns of the names of rows; the bfloat16 run is always there.
     """
 
     clips: int = 96
@@ -74,6 +77,7 @@ class Settings:
     tiny: bool = False
     deadline: float = float("inf")
     workers: int = 1
+    only: tuple[str, ...] = ("*",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,11 +208,15 @@ class Study:
             self._prepare(formats(self))  # compiles while the references run
         self.reference()
         specs = sorted((few_rows if self.settings.tiny else all_rows)(self), key=lambda spec: spec.priority)
-        specs = [spec for spec in specs if spec.name not in self.known_rows]
+        specs = [spec for spec in specs if self._wanted(spec.name)]
         self._prepare(specs)
         self._run_all([spec for spec in specs if spec.priority == 0])
         self.other_references()
         self._run_all([spec for spec in specs if spec.priority > 0])
+
+    def _wanted(self, name: str) -> bool:
+        """Whether a row is to be run: it is asked for, and not there yet."""
+        return name not in self.known_rows and any(fnmatch.fnmatchcase(name, only) for only in self.settings.only)
 
     def _run_all(self, specs: Sequence[Spec]) -> None:
         with ThreadPoolExecutor(self.settings.workers) as pool:
@@ -375,7 +383,7 @@ class Study:
         self, name: str, model: Split, noise: jax.Array, conditioning: Any, count: int, *, width: float = 16.0
     ) -> None:
         began = time.monotonic()
-        if name != "bf16" and (name in self.known_rows or began - self.started > self.settings.deadline):
+        if name != "bf16" and (not self._wanted(name) or began - self.started > self.settings.deadline):
             return
         latents = jax.block_until_ready(sampler.sample(model, *self.schedule(count), noise, conditioning)[0])
         if name == "bf16":
@@ -507,7 +515,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def setting(settings: Settings) -> dict[str, Any]:
     """What rows must share to stand in one table, as results.json has it."""
-    varying = {"deadline", "workers"}
+    varying = {"deadline", "workers", "only"}
     found = {name: value for name, value in dataclasses.asdict(settings).items() if name not in varying}
     return found | {"guidance_scale": GUIDANCE}
 
@@ -558,12 +566,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, help="start no row of a solver later than this; default: all rows")
     parser.add_argument("--workers", type=int, default=1, help="rows that run at once; a CPU's cores")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in --out, and run the others")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of rows, such as 'TDC, *'")
     parser.add_argument("--tiny", action="store_true", help="a few rows, two clips, four steps")
     arguments = parser.parse_args(argv)
-    settings = Settings(clips=arguments.clips, deadline=arguments.seconds or float("inf"), workers=arguments.workers)
+    settings = Settings(
+        clips=arguments.clips,
+        deadline=arguments.seconds or float("inf"),
+        workers=arguments.workers,
+        only=tuple(arguments.only),
+    )
     solvers = arguments.solvers
     if arguments.tiny:
-        settings, solvers = Settings(clips=2, steps=4, calibration=1, tiny=True), solvers[:1]
+        settings, solvers = Settings(clips=2, steps=4, calibration=1, tiny=True, only=settings.only), solvers[:1]
     studies: list[Study] = []
     earlier = earlier_rows(arguments.out, settings) if arguments.resume else {}
 

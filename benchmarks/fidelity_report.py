@@ -1,6 +1,6 @@
 """The tables, figures and verdicts of `benchmarks.fidelity`, from its results.json alone.
 
-`python -m benchmarks.fidelity_report benchmarks/fidelity` writes them again.
+`python -m benchmarks.fidelity_report benchmarks/fidelity/ddim` writes them again.
 """
 
 import json
@@ -42,10 +42,10 @@ GROUPS = {
     "cache format": "How the cache is stored",
     "improvements": "Improvements",
 }
-
-
 SKIPPING = ("stacking", "cache format", "improvements")
 """Groups of rows that quantise and skip."""
+STACKED = {"naive stacking": "#b03a5b", "whole steps skipped": "#4c9a6a", "purified, or routed otherwise": "#3b7fb8"}
+"""Ways to do both, and their colours."""
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
@@ -256,6 +256,14 @@ def draw_caching(figure: Figure, rows: Sequence[Row]) -> bool:
     return bool(kinds)
 
 
+def stacked_how(name: str) -> str:
+    """Which of `STACKED` a row of that name is; a cache over one format is naive unless it is purified."""
+    if "step skipped" in name:
+        return "whole steps skipped"
+    naive = "naive" in name or (name.startswith("W4") and "PDR" not in name)
+    return "naive stacking" if naive else "purified, or routed otherwise"
+
+
 def draw_stacking(figure: Figure, rows: Sequence[Row]) -> bool:
     """Mean PSNR of what is stacked, best first, worst clip as a tick, beside W4A8 without a cache."""
     chosen = [row for row in rows if row["group"] in ("stacking", "improvements") and row["psnr"]]
@@ -266,11 +274,9 @@ def draw_stacking(figure: Figure, rows: Sequence[Row]) -> bool:
     axes = figure.subplots()
     names = [f"{row['name']}: {row['mean_bits']:.1f} bits, {100 * row['skip_share']:.0f} % skipped" for row in chosen]
     worst = [row["psnr"]["worst"] for row in chosen]
-    kinds = {"naive": "#b03a5b", "step skipped": "#4c9a6a", "": "#3b7fb8"}
-    labels = {"naive": "naive stacking", "step skipped": "whole steps skipped", "": "purified, or routed otherwise"}
-    for kind, colour in kinds.items():
-        own = [i for i, row in enumerate(chosen) if kind == next(k for k in kinds if k in row["name"])]
-        axes.barh(own, [_psnr(chosen[i]) for i in own], color=colour, label=labels[kind])
+    for kind, colour in STACKED.items():
+        own = [i for i, row in enumerate(chosen) if stacked_how(row["name"]) == kind]
+        axes.barh(own, [_psnr(chosen[i]) for i in own], color=colour, label=kind)
     axes.plot(worst, range(len(chosen)), "|", color="black", label="worst clip")
     for row in rows:
         if row["name"] in ("W4A8", "W4A4"):

@@ -1,6 +1,6 @@
-"""What each format costs in accuracy, with and without rotation, on three kinds of data.
+"""What each format costs in accuracy, with and without rotation, on four kinds of data.
 
-`python -m benchmarks.formats` writes benchmarks/results/formats.json and formats.md. On a CPU, in seconds.
+`python -m benchmarks.formats --out benchmarks/results/formats.json`, on a CPU, in seconds.
 
 Errors are relative L2 errors. The product x @ w.T is taken with the exact weight, which shows what the activation
 costs, and with the weight as that route would read it from NVFP4 storage, which is what runs.

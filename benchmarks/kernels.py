@@ -1,7 +1,8 @@
-"""Time and error of every kernel, and of whole linear layers, against what XLA does with the same work.
+"""Time and error of the kernels that quantise and multiply, and of whole linear layers, against XLA with the same work.
 
 `python -m benchmarks.kernels --out benchmarks/results/kernels_<device>.json` on a GPU, in about four minutes. With
-`--tiny`, small shapes and interpreted kernels (whole layers by XLA), on a CPU: those times mean nothing.
+`--tiny`, small shapes and interpreted kernels (whole layers by XLA), on a CPU: those times mean nothing. Attention has
+a benchmark of its own, `benchmarks.attention`; norms with rotary tables and the delta cache are in `benchmarks.blocks`.
 
 Data is random. The time of a call is that of many calls in one computation, on operands that are not in a cache (see
 `pallas_kernels.common.timer`). The ceilings are measured in the same run: a copy for what moves bytes, XLA's best plain
@@ -260,7 +261,6 @@ def _row(job: Job, timing: timer.Timing, single: jax.stages.Compiled | None, err
         "top_per_s": job.operations / timing.median_ms / 1e9,
         "error": error,
         "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-        "output_bytes": getattr(memory, "output_size_in_bytes", None),
     }
 
 

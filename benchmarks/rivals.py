@@ -35,6 +35,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import record
+from benchmarks.video import latent_shape
 
 ROTARY = {"use_rotary_positional_embeddings": True}
 TINY_VIDEO = {"sample_frames": 9, "sample_height": 6, "sample_width": 10}
@@ -140,12 +141,12 @@ def random_model(config: dict[str, Any], device: str) -> CogVideoXTransformer3DM
 
 def inputs(config: Any, device: str) -> dict[str, Any]:
     """Arguments of one guided forward at the size that the model is for; rotary tables as diffusers' pipeline has."""
-    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    video = torch.randn(2, frames, config.in_channels, config.sample_height, config.sample_width)
+    frames, channels, height, width = latent_shape(config)
+    video = torch.randn(2, frames, channels, height, width)
     text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim)
     rotary = None
     if config.use_rotary_positional_embeddings:
-        grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+        grid = (height // config.patch_size, width // config.patch_size)
         crop = get_resize_crop_region_for_grid(grid, grid[1], grid[0])
         rotary = get_3d_rotary_pos_embed(config.attention_head_dim, crop, grid, frames, device=device)
     return {

@@ -3,9 +3,11 @@
 `python -m benchmarks.stages --models mini 2b 5b --out benchmarks/results/stages_<device>.json`
 
 Full-size models have random weights, made on the device: the time of a dense product does not depend on what its
-weights have learnt, and none of this project's code looks at them. Each stage is timed on its second call,
-synchronised; the first call's extra time is reported as compilation. Runs may sample fewer steps than the 50 they
-are scaled to; the table says so.
+weights have learnt. One choice does: attention takes its faster kernel where the norms of queries and keys keep logits
+small (`norm_rotary.logit_bound`). Random gains are near 1, which do; those of published models are assumed to.
+
+Each stage is timed on its second call, synchronised; the first call's extra time is reported as compilation. Runs may
+sample fewer steps than the 50 they are scaled to; the table says so.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import record
+from benchmarks.video import latent_shape
 from sixbit_jax import Pipeline
 from sixbit_jax.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
@@ -101,25 +104,43 @@ MODELS: dict[str, tuple[Callable[[], Pipeline], int]] = {
 """Name -> (how to make it, the steps it is timed over unless others are asked for)."""
 
 
+def sampling_arguments(
+    transformer: Split, steps: int, *, scheduler: SchedulerConfig = COGVIDEOX_SCHEDULER, text: jax.Array | None = None
+) -> tuple:
+    """What `sampler.sample` takes for one video of the published size, guidance 6.
+
+    Args:
+        transformer: that samples.
+        steps: denoising steps.
+        scheduler: of the model.
+        text: encoded, [2, tokens, features], of the prompt and of none; None for random values.
+    """
+    config = transformer.merge().config
+    latents = jax.random.normal(jax.random.key(0), (1, *latent_shape(config)))
+    if text is None:
+        text = jax.random.normal(
+            jax.random.key(1), (2, config.max_text_seq_length, config.text_embed_dim), jnp.bfloat16
+        )
+    schedule = schedulers.make_schedule(scheduler, steps)
+    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, steps, use_dynamic_cfg=False)
+    conditioning = sampler.Conditioning(
+        prompt_embeds=text[:1], negative_prompt_embeds=text[1:], keys=jax.random.split(jax.random.key(2), 1)
+    )
+    return transformer, schedule, scale, latents, conditioning
+
+
 def measure(name: str, pipe: Pipeline, steps: int) -> Stages:
     """Times the three stages of one guided call with a batch of one."""
     assert pipe.vae is not None
-    config, vae_config = pipe.transformer.merge().config, pipe.vae.merge().config
-    space = vae_config.spatial_compression_ratio
-    latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    shape = (1, latent_frames, config.in_channels, config.sample_height, config.sample_width)
-    latents = jax.random.normal(jax.random.key(0), shape)
+    config, space = pipe.transformer.merge().config, pipe.vae.merge().config.spatial_compression_ratio
     ids = jnp.ones((2, config.max_text_seq_length), jnp.int32)
     text = encode_text(pipe.text_encoder, ids)
-    schedule = schedulers.make_schedule(pipe.scheduler, steps)
-    scale = schedulers.guidance_schedule(6.0, schedule.timesteps, steps, use_dynamic_cfg=False)
-    conditioning = sampler.Conditioning(
-        prompt_embeds=text[:1], negative_prompt_embeds=text[1:], keys=jax.random.split(jax.random.key(1), 1)
-    )
+    arguments = sampling_arguments(pipe.transformer, steps, scheduler=pipe.scheduler, text=text)
+    *_, latents, _ = arguments
     jax.clear_caches()
     encode_s, encode_compile = timed(lambda: encode_text(pipe.text_encoder, ids))
     pipe = dataclasses.replace(pipe, text_encoder=None)
-    sample_s, sample_compile = timed(lambda: sampler.sample(pipe.transformer, schedule, scale, latents, conditioning))
+    sample_s, sample_compile = timed(lambda: sampler.sample(*arguments))
     vae_s, vae_compile = timed(lambda: decode_latents(pipe.vae, latents))
     memory = jax.devices()[0].memory_stats() or {}
     peak = memory.get("peak_bytes_in_use")

@@ -20,7 +20,8 @@ from pathlib import Path
 import jax
 
 from benchmarks import record
-from benchmarks.end_to_end import MODELS, sampling_arguments
+from benchmarks.end_to_end import MODELS
+from benchmarks.stages import sampling_arguments
 from sixbit_jax.models.split import Split
 from sixbit_jax.precision.targets import QuantizationConfig, solve
 from sixbit_jax.qtensor import quantize_model

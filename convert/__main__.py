@@ -33,11 +33,13 @@ def main(
             " they make the linears see. Nearer to the original; takes the memory and the time of those runs."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of --prompts.")] = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of --prompts; default 50.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace DST if it is a checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
 ) -> None:
     """Converts a diffusers folder to a sixbit checkpoint, one parameter at a time."""
+    if steps is not None and prompts is None:
+        raise typer.BadParameter("goes with --prompts", param_hint="--steps")
     from convert.command import convert
     from sixbit_jax.calibrate import read_prompts
 
@@ -51,7 +53,7 @@ def main(
         dtype=dtype,
         quantize=formats,
         prompts=None if prompts is None else read_prompts(prompts),
-        num_inference_steps=steps,
+        num_inference_steps=50 if steps is None else steps,
         progress=not quiet,
         overwrite=overwrite,
     )

@@ -1,9 +1,9 @@
 """The conversion: a diffusers folder in, one checkpoint of ours out."""
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from convert.quantize import QuantizedTarget, build_arrays, quantize_targets
 from convert.store import check_destination, check_space, is_ours, staged, write_manifest, write_model
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.moments import Moments, gather
-from sixbit_jax.pipeline import Pipeline
+from sixbit_jax.pipeline import Pipeline, prompt_list
 
 DISK_MARGIN = 16 << 20
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
@@ -68,10 +68,12 @@ def convert(
         CheckpointError: if `src` is no diffusers folder that we know, or `dst` cannot be written.
         ConversionError: a `CheckpointError` that lists every tensor that is missing, not used, or of a wrong shape,
             and every file that cannot be used.
+        ArgumentError: if `prompts` is empty or no list of texts.
     """
     destination, dtype, names = Path(dst), checked_dtype(dtype), checked_names(components)
     check_destination(destination, overwrite=overwrite)
-    path = locate(src, names)
+    prompts = None if prompts is None else prompt_list("prompts", prompts)
+    path = locate(src, names if prompts is None else None)  # a whole pipeline samples them
     check_destination(destination, overwrite=overwrite, source=path)
     if is_ours(path):
         raise CheckpointError(f"{path}: is already a converted checkpoint; a diffusers folder is needed")
@@ -91,13 +93,23 @@ def convert(
         raise CheckpointError("prompts: are to round the transformer's weights to NVFP4, and not with four_over_six")
     total = sum(target.nbytes for model in targets.values() for target in model)
     count = sum(len(model) for model in targets.values())
-    check_space(destination, total + total // 50 + DISK_MARGIN)
-    moments = {}
     if prompts is not None:
-        entries["transformer"] |= {"prompts": list(prompts), "num_inference_steps": num_inference_steps}
-        moments = _moments(path, prompts, num_inference_steps, progress)
+        entries["transformer"] |= {"prompts": prompts, "num_inference_steps": num_inference_steps}
+    work = _work(published, components, dtype, entries)
+    check_space(destination, total + total // 50 + DISK_MARGIN, work)
+
+    @functools.cache
+    def moments() -> Moments:
+        """When a weight needs them: what a killed process has left may be past that."""
+        return {} if prompts is None else _moments(path, prompts, num_inference_steps, progress)
+
+    def made(name: str, target: Target | QuantizedTarget) -> dict[str, np.ndarray]:
+        wanted = name == "transformer" and isinstance(target, QuantizedTarget)
+        tensors = published.parts[name].tensors
+        return build_arrays(target, tensors=tensors, progress=bar.update, moments=moments() if wanted else {})
+
     with (
-        staged(destination, _work(published, components, dtype, entries)) as folder,
+        staged(destination, work) as folder,
         tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar,
     ):
         models, written = {}, 0
@@ -111,18 +123,7 @@ def convert(
 
         for name, part in published.parts.items():
             bar.set_description(name)
-            tensors = part.tensors
-            entry = write_model(
-                folder / name,
-                targets[name],
-                partial(
-                    build_arrays,
-                    tensors=tensors,
-                    progress=bar.update,
-                    moments=moments if name == "transformer" else {},
-                ),
-                done,
-            )
+            entry = write_model(folder / name, targets[name], functools.partial(made, name), done)
             models[name] = {"class": part.component.class_name, "config": part.raw_config, **entry}
             if name in entries:
                 models[name]["quantized"] = entries[name]

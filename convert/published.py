@@ -53,6 +53,10 @@ class Published:
     tokenizer: Path | None
 
 
+OURS = ("sixbit.json", "calibration.safetensors")
+"""Files of a checkpoint that `sixbit convert` wrote, beside the folders of its models."""
+
+
 def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = None) -> Path:
     """The local folder of `source`; a hub id `org/name` that is no local path is downloaded, without unused files.
 
@@ -66,12 +70,12 @@ def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = 
         raise CheckpointError(f"{path}: is a file, where a checkpoint folder is needed")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise CheckpointError(f"{path}: no such folder, and not a hub id of the form org/name")
-    patterns = ["model_index.json"]
+    patterns = ["model_index.json", *OURS]
     for name in checked_names(components):
         if name in MODELS:
             stem = f"{name}/{MODELS[name].stem}"
             patterns += [f"{name}/config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"]
-            patterns += [f"{stem}.safetensors.index.json"]
+            patterns += [f"{stem}.safetensors.index.json", f"{name}/[0-9]*/*"]
         else:
             patterns += [f"{name}/*"]
     try:

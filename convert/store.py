@@ -241,14 +241,23 @@ def check_destination(destination: Path, *, overwrite: bool, source: Path | None
         raise CheckpointError(f"{destination}: no permission to write in {parent}")
 
 
-def check_space(destination: Path, needed: int) -> None:
-    """Finds out, before any work, whether `needed` bytes fit.
+def check_space(destination: Path, needed: int, work: str) -> None:
+    """Finds out, before any work, whether `needed` bytes fit, beside what a killed process left of the same work.
 
     Raises:
         CheckpointError: if they do not.
     """
-    if (free := shutil.disk_usage(destination.absolute().parent).free) < needed:
-        raise CheckpointError(f"{destination}: needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")
+    beside = _beside(destination, work)
+    held = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file())
+    if (free := shutil.disk_usage(beside.parent).free) < (more := needed - held):
+        there = f" more, beside {held / 1e9:.2f} GB in {beside}" if held else ""
+        raise CheckpointError(f"{destination}: needs {more / 1e9:.2f} GB of disk{there}, {free / 1e9:.2f} GB are free")
+
+
+def _beside(destination: Path, work: str | None) -> Path:
+    """The folder of `staged`."""
+    tag = secrets.token_hex(4) if work is None else hashlib.sha256(work.encode()).hexdigest()[:8]
+    return destination.absolute().parent / f".{destination.name}.{tag}.partial"
 
 
 @contextlib.contextmanager
@@ -263,9 +272,7 @@ def staged(destination: Path, work: str | None = None) -> Iterator[Path]:
     Raises:
         CheckpointError: if the folder cannot be made, or another process is making the same.
     """
-    parent = destination.absolute().parent
-    tag = secrets.token_hex(4) if work is None else hashlib.sha256(work.encode()).hexdigest()[:8]
-    beside = parent / f".{destination.name}.{tag}.partial"
+    beside = _beside(destination, work)
     try:
         beside.mkdir(exist_ok=work is not None)
         handle = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -280,7 +287,7 @@ def staged(destination: Path, work: str | None = None) -> Iterator[Path]:
             raise CheckpointError(f"{destination}: was being written by another process; look, and try again")
         try:
             yield beside
-            _replace(beside, destination, parent / f".{destination.name}.{tag}.old")
+            _replace(beside, destination, beside.with_suffix(".old"))
         finally:
             if beside.exists():
                 shutil.rmtree(beside)

@@ -1,4 +1,4 @@
-"""Finds the fastest configuration of every kernel for every real shape on this device, and writes them down.
+"""Finds the fastest configurations of the kernels that quantise and multiply, for every real shape on this device.
 
 `python -m pallas_kernels.tune` writes pallas_kernels/tuned/<device kind>.json, which the kernels then read. A
 configuration counts only if its result is that of the XLA implementation (see `Workload.tolerance`). Cases that a file
@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import importlib.metadata
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -109,10 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
                 for kind in ("wrong", "failed"):
                     for line in result[kind]:
                         print(f"  {kind}: {line}", flush=True)
+    argv = sys.argv[1:] if arguments is None else arguments
     record = {
         "device": {"kind": device.kind(), "platform": jax.default_backend()},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        "command": "python -m pallas_kernels.tune " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "command": f"python -m pallas_kernels.tune {shlex.join(argv)}".rstrip(),
         "configurations": configurations,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

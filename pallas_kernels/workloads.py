@@ -1,4 +1,9 @@
-"""Every operation on its real shapes with random operands: what is tuned, timed and, on a GPU, tested."""
+"""The operations that quantise and multiply, on real shapes with random operands: what is tuned, timed and, on a GPU,
+tested.
+
+`attention`, `norm_rotary` and `delta_cache` are not among them: `benchmarks.attention` times the first by itself, and
+`benchmarks.blocks` all three inside a block.
+"""
 
 import dataclasses
 import functools
@@ -54,7 +59,7 @@ class Workload:
         target: type of the result, or of the operands of a matmul.
         make: operands, a tuple of trees of arrays, from a key.
         arguments: operands -> (args, kwargs) of the function of an implementation.
-        sizes: whatever the heuristics of the implementations ask for.
+        sizes: whatever the heuristics of the implementations ask for, and what else tells shapes apart.
         bytes: read and written, each operand and result once.
         operations: multiplications and additions of a matmul; 0 where memory is the limit.
         tolerance: largest relative L2 error against the `xla` implementation, of dequantised results.
@@ -161,7 +166,7 @@ def rotate_quantize(shape: rotate_shapes.Shape, target: str) -> Workload:
         target=target,
         make=lambda key: (normal(key, shape.rows, shape.size),),
         arguments=lambda x: ((x,), {**_TARGETS[target], **per_row, "hadamard": hadamard}),
-        sizes={"rows": shape.rows, "n": shape.rows, "k": shape.size, "hadamard": hadamard, "target": target},
+        sizes={"rows": shape.rows, "k": shape.size, "hadamard": hadamard, "target": target},
         bytes=shape.rows * shape.size * (2 + BYTES[target]),
         tolerance=0.01,
     )
@@ -192,7 +197,7 @@ def adaln_quantize(shape: adaln_shapes.Shape, target: str) -> Workload:
         target=target,
         make=make,
         arguments=arguments,
-        sizes={"rows": rows, "n": rows, "k": shape.dim, "hadamard": hadamard, "target": target},
+        sizes={"rows": rows, "k": shape.dim, "hadamard": hadamard, "target": target},
         bytes=rows * shape.dim * (2 + BYTES[target]),
         tolerance=0.01,
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from sixbit_jax import metrics
 from sixbit_jax.errors import ArgumentError
-from sixbit_jax.pipeline import Pipeline
+from sixbit_jax.pipeline import Pipeline, prompt_list
 from sixbit_jax.precision import PrecisionPolicy, measuring
 from sixbit_jax.precision.accounting import site_weights, summary
 from sixbit_jax.precision.calibration import Calibration, Fingerprint, OperatingPoints, fit
@@ -71,10 +71,12 @@ def calibrate(
     Raises:
         ArgumentError: on a bad argument.
     """
-    if not prompts:
-        raise ArgumentError("prompts is empty: a calibration needs at least one")
+    prompts = prompt_list("prompts", prompts)
     if points < 0:
         raise ArgumentError(f"{points=} must not be negative")
+    if num_inference_steps < 2:
+        raise ArgumentError(f"{num_inference_steps=} must be at least 2: the predictor looks one step back")
+    config = QuantizationConfig(activations="16bit", cache_format=cache_format)
     pipe = pipe.quantized()
     report = progress or (lambda what: None)
     size = num_frames, height, width = pipe.size(num_frames=num_frames, height=height, width=width)
@@ -88,16 +90,17 @@ def calibrate(
     traces, references = [], []
     for index in range(len(prompts)):
         latents, measured = jax.device_get(measuring.sample(pipe.transformer, *run_inputs(index)))
+        finite = measured.replace(delta_change=measured.delta_change[1:])
+        for field in dataclasses.fields(Measured):
+            if not np.isfinite(getattr(finite, field.name)).all():
+                raise ArgumentError(
+                    f"{field.name} became NaN or Inf with {prompts[index]!r}; calibrate in a wider dtype"
+                )
         traces.append(measured)
         if index < points:
             references.append(seen(latents))
         report("measured")
     trace = jax.tree.map(lambda *values: np.stack(values), *traces)
-    steps, finite = trace.volatility.shape[1], trace.replace(delta_change=trace.delta_change[:, 1:])
-    for field in dataclasses.fields(Measured):
-        if not np.isfinite(getattr(finite, field.name)).all():
-            raise ArgumentError(f"{field.name} became NaN or Inf while calibrating; calibrate in a wider dtype")
-    config = QuantizationConfig(activations="16bit", cache_format=cache_format)
     fitted = fit(trace.volatility, trace.error[..., LOW_BIT.index("nvfp4")])
     made = Calibration(
         alpha=fitted["alpha"],
@@ -134,7 +137,7 @@ def calibrate(
             report("ran")
         return tuple(np.mean(found, axis=0))
 
-    return dataclasses.replace(made, points=_operating_points(made, config, steps, measure))
+    return dataclasses.replace(made, points=_operating_points(made, config, num_inference_steps, measure))
 
 
 def work(prompts: int, points: int) -> int:
@@ -189,10 +192,13 @@ def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; empty lines are left out.
 
     Raises:
-        ArgumentError: if there is none.
+        ArgumentError: if there is none, or the file is not UTF-8 text.
         OSError: if the file cannot be read.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path}: is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ArgumentError(f"{path}: holds no prompt; write one a line")

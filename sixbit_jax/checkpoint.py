@@ -29,6 +29,7 @@ from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.t5 import T5EncoderModel
 from sixbit_jax.models.vae import AutoencoderKLCogVideoX
 from sixbit_jax.notices import without_torch_notice
+from sixbit_jax.qtensor import QuantLinear
 
 DIFFUSERS_VERSION = "0.42.1"
 
@@ -43,7 +44,6 @@ class Checkpoint:
         text_encoder: the T5 encoder.
         tokenizer: of `transformers`.
         scheduler: the published scheduler configuration.
-        info: as `describe` gives it.
     """
 
     transformer: CogVideoXTransformer3DModel | None = None
@@ -51,7 +51,6 @@ class Checkpoint:
     text_encoder: T5EncoderModel | None = None
     tokenizer: Any = None
     scheduler: SchedulerConfig | None = None
-    info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -74,8 +73,7 @@ def load(
     if dtype is None:
         raise CheckpointError("dtype: None; a dtype to compute in is needed")
     folder = locate(path, components)
-    parts = (_load_ours if is_ours(folder) else _load_published)(folder, dtype, components)
-    return Checkpoint(**parts, info=describe(folder))
+    return Checkpoint(**(_load_ours if is_ours(folder) else _load_published)(folder, dtype, components))
 
 
 def _load_published(folder: Path, dtype: np.dtype, components: tuple[str, ...] | list[str] | None) -> dict[str, Any]:
@@ -224,10 +222,19 @@ def write_diffusers(
         `folder`.
 
     Raises:
-        CheckpointError: if the folder exists or cannot be made, or the dtype is not a float of 16 or 32 bits.
+        CheckpointError: if the folder exists or cannot be made, the dtype is not a float of 16 or 32 bits, or linears
+            are quantised.
     """
     destination, dtype = Path(folder), checked_dtype(dtype)
     check_destination(destination, overwrite=overwrite)
+    models = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    models = {name: module for name, module in models.items() if module is not None}
+    for name, module in models.items():
+        if any(isinstance(layer, QuantLinear) for _, layer in nnx.iter_modules(module)):
+            raise CheckpointError(
+                f"{name}: its linears are quantised, which diffusers cannot read; write the original model, or the"
+                " weights alone with convert.interchange"
+            )
     index: dict[str, Any] = {"_class_name": "CogVideoXPipeline", "_diffusers_version": DIFFUSERS_VERSION}
     with staged(destination) as beside:
         if scheduler is not None:
@@ -237,9 +244,7 @@ def write_diffusers(
         if tokenizer is not None:
             index["tokenizer"] = ["transformers", "T5Tokenizer"]
             tokenizer.save_pretrained(beside / "tokenizer")
-        for name, module in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
-            if module is None:
-                continue
+        for name, module in models.items():
             component = MODELS[name]
             index[name] = [component.library, component.class_name]
             shapes = published_shapes(module.config) if isinstance(module.config, TransformerConfig) else {}

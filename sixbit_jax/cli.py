@@ -19,7 +19,7 @@ from tqdm import tqdm
 import sixbit_jax
 from convert.__main__ import main as convert
 from sixbit_jax.command import run, say_interrupted, shows_user_errors
-from sixbit_jax.errors import TruncatedPromptWarning
+from sixbit_jax.errors import SixbitWarning
 
 app = typer.Typer(
     help="Text to video from CogVideoX checkpoints: convert one, look at it, calibrate it, generate, report.",
@@ -28,7 +28,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Model = Annotated[str, typer.Option("--model", help='A diffusers folder, one made by `sixbit convert`, or "mini".')]
+MODEL_HELP = 'A diffusers folder, one made by `sixbit convert`, a hub id org/name, or "mini".'
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+Steps = Annotated[int, typer.Option("--num-inference-steps", "--steps", min=1, help="Denoising steps.")]
 
 
 def _say_version(wanted: bool) -> bool:
@@ -223,7 +225,7 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="4k + 1; default the model's own.")] = None,
-    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", "--steps")] = 50,
+    num_inference_steps: Steps = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 6.0,
     use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="Let the guidance grow.")] = False,
     seed: Annotated[list[int] | None, typer.Option(help="Of all videos, or, repeated, of each; default 0.")] = None,
@@ -235,9 +237,9 @@ def generate(
         str | None, typer.Option(help="w4a16, int8, nvfp4, int8-reuse or sixbit; default: the model as it is.")
     ] = None,
     target_mean_bits: Annotated[
-        float | None, typer.Option(help="Of sixbit: mean activation bits, skipped blocks counted as 0.")
+        float | None, typer.Option(help="Mean activation bits, skipped blocks counted as 0.")
     ] = None,
-    target_skip: Annotated[float | None, typer.Option(help="Of sixbit: share of the blocks to skip.")] = None,
+    target_skip: Annotated[float | None, typer.Option(help="Share of the blocks to skip.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Made by `sixbit calibrate`; default the one in the model's folder.")
     ] = None,
@@ -255,6 +257,8 @@ def generate(
         raise typer.BadParameter("takes one prompt", param_hint="--report")
     if report is not None and quantization is None:
         raise typer.BadParameter("goes with --quantization", param_hint="--report")
+    if seed is not None and len(seed) not in (1, len(prompt)):
+        raise typer.BadParameter(f"{len(seed)} for {len(prompt)} prompts: one, or one for each", param_hint="--seed")
     import dataclasses
 
     import jax
@@ -270,6 +274,10 @@ def generate(
         if config is None:
             raise typer.BadParameter(
                 "goes with --quantization", param_hint="--" + next(iter(targets)).replace("_", "-")
+            )
+        if config.skip_every is not None:
+            raise typer.BadParameter(
+                f"{quantization} has a rhythm of its own", param_hint="--target-mean-bits, --target-skip"
             )
         config = dataclasses.replace(config, **targets)
 
@@ -317,7 +325,7 @@ def generate(
 
             return _interruptible(call)
 
-    with _shown_in_one_line(TruncatedPromptWarning):
+    with _shown_in_one_line(SixbitWarning):
         result = sample(pipe, "sampling")
 
     device = jax.devices()[0]
@@ -392,30 +400,32 @@ def calibrate(
     prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line; typical of what will be generated.")],
     model: Model = "mini",
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; default calibration.safetensors in the model's folder.")
+        Path | None,
+        typer.Option(help='The file to write; default calibration.safetensors in the model\'s folder, but of "mini".'),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default the model's own.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="4k + 1; default the model's own.")] = None,
-    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", "--steps")] = 50,
+    num_inference_steps: Steps = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 6.0,
     seed: Annotated[int, typer.Option(help="Of the noise of all videos.")] = 0,
     scheduler: Annotated[Scheduler | None, typer.Option(help="Default: the checkpoint's own.")] = None,
     dtype: DType = DType.bfloat16,
     points: Annotated[int, typer.Option(help="How many of the prompts are run at each operating point.")] = 4,
-    hadamard: Annotated[int | None, typer.Option(help="Block of the rotation; default the largest that fits.")] = None,
-    four_over_six: Annotated[bool, typer.Option("--four-over-six", help="Two choices of scale a block.")] = False,
     compilation_cache: Annotated[bool, typer.Option(help="Keep compiled programs between runs.")] = True,
 ) -> None:
     """Measure what each precision costs a model on some prompts; what --quantization sixbit decides by.
 
     Ctrl-C leaves the file as it was.
     """
+    if model == "mini" and out is None:
+        raise typer.BadParameter(
+            'is needed for "mini", whose own calibration is part of the package', param_hint="--out"
+        )
     from sixbit_jax import calibrate as calibration
     from sixbit_jax import video
     from sixbit_jax.pipeline import Pipeline, find_model
     from sixbit_jax.precision.calibration import FILE_NAME
-    from sixbit_jax.precision.targets import QuantizationConfig
 
     texts = calibration.read_prompts(prompts)
     path = find_model(model) / FILE_NAME if out is None else out
@@ -427,8 +437,7 @@ def calibrate(
         raise
     if compilation_cache:
         _enable_compilation_cache()
-    config = QuantizationConfig(activations="16bit", hadamard=hadamard, four_over_six=four_over_six)
-    pipe = _with_scheduler(Pipeline.from_pretrained(model, dtype=dtype.value, quantization=config), scheduler)
+    pipe = _with_scheduler(Pipeline.from_pretrained(model, dtype=dtype.value, quantization="w4a16"), scheduler)
     with tqdm(total=calibration.work(len(texts), points), desc="calibrating", unit="run", disable=None) as bar:
 
         def progress(what: str) -> None:
@@ -457,7 +466,7 @@ def calibrate(
 @app.command()
 @shows_user_errors
 def info(
-    model: Annotated[str, typer.Argument(help='A diffusers folder, one made by `sixbit convert`, or "mini".')],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
 ) -> None:
     """Say what a checkpoint holds, without loading its tensors."""
     from sixbit_jax import checkpoint

@@ -10,12 +10,15 @@ import typer
 
 from sixbit_jax.errors import SixbitError
 
+LESS_MEMORY = "Less is needed with --quantization, --vae-tiling, fewer prompts at once, fewer frames or a smaller size."
+
 
 def shows_user_errors[**P](command: Callable[P, None]) -> Callable[P, None]:
     """Makes a user's mistake one line on stderr and exit code 2, as typer does for a wrong option.
 
-    Our own errors (`SixbitError`) and the system's (`OSError`: a full disk, a forbidden folder) count as such. A plain
-    ValueError does not: every one that we foresee is a `SixbitError`, so any other is a bug, shown with its traceback.
+    Our own errors (`SixbitError`) and the system's (`OSError`: a full disk, a forbidden folder) count as such, and a
+    device whose memory is too small. A plain ValueError does not: every one that we foresee is a `SixbitError`, so any
+    other is a bug, shown with its traceback.
     """
 
     @functools.wraps(command)
@@ -24,6 +27,12 @@ def shows_user_errors[**P](command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except (SixbitError, OSError) as error:
             typer.echo(f"error: {_printable(str(error))}", err=True)
+            raise typer.Exit(2) from error
+        except RuntimeError as error:
+            if not str(error).startswith("RESOURCE_EXHAUSTED"):  # how XLA says it
+                raise
+            first = str(error).partition("\n")[0]
+            typer.echo(f"error: the device has too little memory: {first}\n{LESS_MEMORY}", err=True)
             raise typer.Exit(2) from error
 
     return wrapped

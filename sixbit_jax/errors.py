@@ -13,5 +13,13 @@ class NonFiniteLatentsError(SixbitError, FloatingPointError):
     """Latents became NaN or Inf while sampling."""
 
 
-class TruncatedPromptWarning(UserWarning):
+class SixbitWarning(UserWarning):
+    """Base of what is worth knowing about a run that goes on. The commands show these in one line."""
+
+
+class TruncatedPromptWarning(SixbitWarning):
     """A prompt has more tokens than the model takes."""
+
+
+class CalibrationWarning(SixbitWarning):
+    """A run's settings are not those that its calibration was measured with, so targets are met roughly."""

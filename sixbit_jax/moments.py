@@ -15,7 +15,7 @@ from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.linears import SITES, PlainLinears
 from sixbit_jax.models.split import Split
-from sixbit_jax.pipeline import Pipeline
+from sixbit_jax.pipeline import Pipeline, prompt_list
 from sixbit_jax.precision.blocks import blocks_of
 from sixbit_jax.rounding import group_size
 from sixbit_jax.sampling import sampler, schedulers
@@ -124,8 +124,7 @@ def gather(
     Raises:
         ArgumentError: on a bad argument, or if the weights are quantised.
     """
-    if not prompts:
-        raise ArgumentError("prompts is empty: moments need at least one")
+    prompts = prompt_list("prompts", prompts)
     size = pipe.size(num_frames=num_frames, height=height, width=width)
     run_inputs = pipe.separate_runs(
         prompts, size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed

@@ -19,7 +19,7 @@ from convert.errors import CheckpointError
 from convert.published import locate
 from sixbit_jax import checkpoint
 from sixbit_jax.config import ConfigError, SchedulerConfig
-from sixbit_jax.errors import ArgumentError, NonFiniteLatentsError, TruncatedPromptWarning
+from sixbit_jax.errors import ArgumentError, CalibrationWarning, NonFiniteLatentsError, TruncatedPromptWarning
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.models.t5 import T5EncoderModel
@@ -34,6 +34,10 @@ from sixbit_jax.sampling import sampler, schedulers
 
 logger = logging.getLogger(__name__)
 MINI_MODEL = Path(__file__).parent / "assets" / "moving_mnist"
+ANY_SIZE = 300
+"""Height and width, in latent pixels, that the configurations of CogVideoX 1.5 state: 2400 pixels, a place holder."""
+SIZE_1_5 = 768, 1360
+"""Height and width, in pixels, at which its authors give CogVideoX 1.5's quality."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ def initial_latents(
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def video_keys(seed: int | Sequence[int], batch: int) -> jax.Array:
+def video_keys(seed: int | np.integer | Sequence[int], batch: int) -> jax.Array:
     """One key a video: of its own seed, or of one seed and its position in the batch.
 
     A list with one seed gives that seed's first video, so a video of a batch can be made again alone.
@@ -138,7 +142,7 @@ def video_keys(seed: int | Sequence[int], batch: int) -> jax.Array:
         ArgumentError: if several seeds are given and their number is not `batch`, or one is not in 0..2^32 - 1.
     """
     seeds = _seed_list(seed, batch)
-    positions = np.arange(batch) if isinstance(seed, int) else np.zeros(batch)
+    positions = np.arange(batch) if isinstance(seed, int | np.integer) else np.zeros(batch)
     return _keys(np.asarray(seeds, np.uint32), positions.astype(np.uint32))
 
 
@@ -147,17 +151,22 @@ def _keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
 
 
-def _seed_list(seed: int | Sequence[int], batch: int) -> list[int]:
-    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+def _seed_list(seed: int | np.integer | Sequence[int], batch: int) -> list[int]:
+    seeds = [seed] * batch if isinstance(seed, int | np.integer) else list(seed)
     if len(seeds) != batch:
         raise ArgumentError(f"seed: got {len(seeds)} seeds for {batch} videos; give one seed, or one for each video")
     for value in seeds:
-        if not 0 <= value < 2**32:
-            raise ArgumentError(f"seed={value} must be between 0 and 2^32 - 1")
-    return seeds
+        if not isinstance(value, int | np.integer) or not 0 <= value < 2**32:
+            raise ArgumentError(f"seed={value!r} must be an integer between 0 and 2^32 - 1")
+    return [int(value) for value in seeds]
 
 
-def _prompt_list(name: str, prompt: Any) -> list[str]:
+def prompt_list(name: str, prompt: Any) -> list[str]:
+    """One text or several as a list.
+
+    Raises:
+        ArgumentError: if there is none, or something else among them; `name` is the argument's.
+    """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
         raise ArgumentError(f"{name} must be a string or a list of strings, not {prompt!r}")
@@ -178,6 +187,27 @@ def find_model(path: str | Path) -> Path:
         return locate(path)
     except CheckpointError as error:
         raise CheckpointError(f'{error} (the model that ships with this package is called "mini")') from error
+
+
+def _check_guidance(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ArgumentError(f"guidance_scale={scale} must be a finite number")
+
+
+def _find_calibration(folder: Path, given: str | Path | Calibration | None, *, required: bool) -> Calibration | None:
+    """The calibration given, else the one in the folder of the model, if there is one that can be read."""
+    if isinstance(given, Calibration):
+        return given
+    path = folder / calibrations.FILE_NAME if given is None else given
+    if not required and not Path(path).is_file():
+        return None
+    try:
+        return Calibration.load(path)
+    except CheckpointError as error:
+        if required:
+            raise
+        logger.warning("not used: %s", error)
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,15 +257,17 @@ class Pipeline:
 
         Raises:
             CheckpointError: if there is no such checkpoint, or it is not what it should be: says which file, key and
-                shape. Likewise if the calibration is of another model.
-            ArgumentError: if the quantization has an unknown name, or needs a calibration and there is none.
+                shape. Likewise if a calibration is needed and there is none, or it is of another model.
+            ArgumentError: if the quantization has an unknown name.
         """
         if isinstance(quantization, str):
             quantization = QuantizationConfig.named(quantization)
         folder = find_model(path)
+        required = calibration is not None or (quantization is not None and quantization.needs_calibration)
+        measured = _find_calibration(folder, calibration, required=required)
         loaded = checkpoint.load(folder, dtype=dtype)
         if loaded.transformer is None or loaded.scheduler is None:
-            held = ", ".join(loaded.info["components"]) or "no model"
+            held = ", ".join(name for name, part in vars(loaded).items() if part is not None) or "nothing"
             raise CheckpointError(f"{folder}: a pipeline needs a transformer and a scheduler; the folder holds {held}")
         try:
             pipe = cls(
@@ -250,7 +282,7 @@ class Pipeline:
             raise CheckpointError(f"{folder}: {error}") from error
         if quantization is not None:
             pipe = pipe.quantized(quantization)
-        return dataclasses.replace(pipe, calibration=pipe._find_calibration(folder, calibration))
+        return pipe._with_calibration(measured, required=required)
 
     def quantized(self, quantization: QuantizationConfig | None = None) -> "Pipeline":
         """The pipeline with its block linears quantised, if they are not yet, and calls that run as configured.
@@ -260,7 +292,8 @@ class Pipeline:
 
         Raises:
             ArgumentError: if the weights are stored quantised, and `quantization` says how to quantise them.
-            CheckpointError: if the format does not fit the model.
+            CheckpointError: if the format does not fit the model; or if `quantization` needs the pipeline's
+                calibration, and that is of other weights.
         """
         config = QuantizationConfig.named("w4a16") if quantization is None else quantization
         if self.is_quantized:
@@ -268,38 +301,33 @@ class Pipeline:
                 raise ArgumentError(
                     "the weights are quantised already: hadamard and four_over_six are what they were stored with"
                 )
-            return dataclasses.replace(self, quantization=config)
+            pipe = dataclasses.replace(self, quantization=config)
+            return pipe._with_calibration(self.calibration, required=config.needs_calibration)
         try:
             model = quantize_model(
                 self.transformer.merge(), hadamard=config.hadamard, four_over_six=config.four_over_six
             )
         except ValueError as error:
             raise CheckpointError(f"the transformer cannot be quantised: {error}") from error
-        return dataclasses.replace(self, transformer=Split.of(model), quantization=config)
+        pipe = dataclasses.replace(self, transformer=Split.of(model), quantization=config)
+        return pipe._with_calibration(self.calibration, required=config.needs_calibration)
 
     @property
     def is_quantized(self) -> bool:
         """Whether the linears of the blocks are stored in NVFP4."""
         return isinstance(self.transformer.merge().blocks.attn_in, QuantLinear)
 
-    def _find_calibration(self, folder: Path, given: str | Path | Calibration | None) -> Calibration | None:
-        """The calibration given, else the one in the folder. What it is of can be told if the model is quantised."""
-        transformer = self.transformer if self.is_quantized else None
-        if isinstance(given, Calibration):
-            given.check(self.transformer)
-            return given
-        if given is not None:
-            return Calibration.load(given, transformer)
-        own = folder / calibrations.FILE_NAME
-        if not own.is_file():
-            return None
-        try:
-            return Calibration.load(own, transformer)
-        except CheckpointError as error:
-            if self.quantization is not None and self.quantization.needs_calibration:
-                raise
-            logger.warning("not used: %s", error)
-            return None
+    def _with_calibration(self, calibration: Calibration | None, *, required: bool) -> "Pipeline":
+        """With a calibration, or without if it is of another model: which shows if this one is quantised."""
+        if calibration is not None and self.is_quantized:
+            try:
+                calibration.check(self.transformer)
+            except CheckpointError as error:
+                if required:
+                    raise
+                logger.warning("not used: %s", error)
+                calibration = None
+        return dataclasses.replace(self, calibration=calibration)
 
     def policy(self, num_inference_steps: int = 50) -> PrecisionPolicy | None:
         """What decides the precision of calls with that number of steps; None where nothing is quantised.
@@ -310,6 +338,24 @@ class Pipeline:
         if self.quantization is None:
             return None
         return solve(self.quantization, self.calibration, num_inference_steps)
+
+    def _compare_with_calibration(self, size: tuple[int, int, int], *, guided: bool) -> None:
+        """Warns if what decides in a run was measured in runs of another kind."""
+        if self.calibration is None or self.quantization is None or not self.quantization.needs_calibration:
+            return
+        settings = self.calibration.settings
+        measured = {
+            "scheduler": settings["scheduler"]["_class_name"],
+            "num_frames, height, width": tuple(settings[name] for name in ("num_frames", "height", "width")),
+            "guided": settings["guidance_scale"] > 1,
+        }
+        here = {"scheduler": self.scheduler.class_name, "num_frames, height, width": size, "guided": guided}
+        if found := [f"{name} {was}, not {here[name]}" for name, was in measured.items() if was != here[name]]:
+            warnings.warn(
+                f"{self.calibration.source}: was measured with {'; '.join(found)}: targets will be met roughly",
+                CalibrationWarning,
+                stacklevel=3,
+            )
 
     def __post_init__(self) -> None:
         """Checks that the models fit each other.
@@ -341,6 +387,8 @@ class Pipeline:
     def default_size(self) -> tuple[int, int, int]:
         """What a call that does not say makes, and the model was trained for, as (num_frames, height, width)."""
         config, (space, _) = self.transformer.merge().config, self._compression
+        if (config.sample_height, config.sample_width) == (ANY_SIZE, ANY_SIZE):
+            return config.sample_frames, *SIZE_1_5
         return config.sample_frames, config.sample_height * space, config.sample_width * space
 
     def size(self, *, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -378,7 +426,7 @@ class Pipeline:
                     f"this checkpoint has no text encoder or no tokenizer, so {name} cannot be encoded: "
                     f"pass {name}_embeds instead"
                 )
-            return _prompt_list(name, prompts)
+            return prompt_list(name, prompts)
         width = self.transformer.merge().config.text_embed_dim
         if embeds.ndim != 3 or not embeds.shape[0] or embeds.shape[2] != width:
             raise ArgumentError(f"{name}_embeds must be [batch, text, {width}], not {list(embeds.shape)}")
@@ -411,8 +459,8 @@ class Pipeline:
             "negative_prompt", "" if negative_prompt is None else negative_prompt, negative_prompt_embeds
         )
         batch = len(positive)
-        if isinstance(negative, list) and len(negative) == 1:
-            negative = negative * batch
+        if len(negative) == 1:
+            negative = negative * batch if isinstance(negative, list) else np.repeat(negative, batch, axis=0)
         if len(negative) != batch:
             raise ArgumentError(f"negative_prompt: got {len(negative)} for {batch} prompts; give one, or one for each")
         limit = self.transformer.merge().config.max_text_seq_length
@@ -488,8 +536,7 @@ class Pipeline:
             raise ArgumentError(f'output_type={output_type!r} is not one of "np", "latent"')
         if output_type == "np" and self.vae is None:
             raise ArgumentError('this checkpoint has no VAE: pass output_type="latent"')
-        if not math.isfinite(guidance_scale):
-            raise ArgumentError(f"guidance_scale={guidance_scale} must be a finite number")
+        _check_guidance(guidance_scale)
         num_frames, height, width = self.size(num_frames=num_frames, height=height, width=width)
         shape = self._latents_shape(num_frames, height, width)
         texts = self.checked_texts(
@@ -501,6 +548,7 @@ class Pipeline:
             raise ArgumentError(f"latents must be {[batch, *shape]} for this call, not {list(latents.shape)}")
         schedule = schedulers.make_schedule(self.scheduler, num_inference_steps)
         policy = self.policy(num_inference_steps)
+        self._compare_with_calibration((num_frames, height, width), guided=guidance_scale > 1)
 
         timings: dict[str, float] = {}
         start = time.time()
@@ -586,9 +634,10 @@ class Pipeline:
             seed: of all videos.
 
         Raises:
-            ArgumentError: on a size or seed that cannot be; a text is looked at when its turn comes.
+            ArgumentError: on a size, guidance or seed that cannot be.
             ConfigError: if the scheduler cannot take that number of steps.
         """
+        _check_guidance(guidance_scale)
         shape, schedule = self._latents_shape(*size), schedulers.make_schedule(self.scheduler, num_inference_steps)
         keys = video_keys(seed, len(prompts))
 

@@ -15,6 +15,7 @@ from pallas_kernels.common.formats import (
     BLOCK,
     E2M1_MAX,
     E4M3_MAX,
+    E4M3_NAN,
     HADAMARD_BLOCKS,
     MAX_CODE_UNITS,
     MIN_SCALE,
@@ -35,6 +36,10 @@ LARGEST_GROUP = 4096
 DAMPING = 0.01
 """Added to the diagonal of a moment, as a part of its mean: without it, directions that no input had would take any
 error. The one of the GPTQ paper."""
+SCALE_STEPS = (-3, 6)
+"""Block scales that are tried: from so many E4M3 numbers under the one that has the largest value just in range, to
+before so many above it; 3/4 to 3/2 of it. On the mini model, errors of outputs are a sixth smaller than with it alone.
+"""
 PANEL = 128
 """Columns whose losses are brought to the columns behind them at once."""
 
@@ -59,8 +64,8 @@ def round_to_inputs(
 ) -> NVFP4Array:
     """Rotates and rounds a weight for inputs x of a given second moment.
 
-    Scales are those of `rotate_quantize`: one of the tensor from its largest magnitude, one of 16 columns from what
-    they are when their turn comes. With a moment that is a multiple of the identity, so are the codes.
+    The tensor scale is that of `rotate_quantize`. The scale of 16 columns is chosen when their turn comes, of some
+    around the one that `rotate_quantize` would take, as the one with the smallest error.
 
     Args:
         weight: finite.
@@ -99,32 +104,19 @@ def _round_group(
     """Codes and block scales of columns that are rounded together."""
     out, size = w.shape
     panel = math.gcd(PANEL, size)
-    inverse = reciprocal(tensor_scale)
-
-    def column(j: jax.Array, carry: tuple, first: jax.Array, scale: jax.Array, square: jax.Array) -> tuple:
-        columns, codes, losses = carry
-        j = first + j
-        value = jax.lax.dynamic_index_in_dim(columns, j, axis=1, keepdims=False)
-        code = encode_e2m1_magnitude(jnp.minimum(jnp.abs(value) * inverse, MAX_CODE_UNITS), scale)
-        code = code | jnp.where(value < 0, 8, 0)
-        row = jax.lax.dynamic_index_in_dim(square, j, keepdims=False)
-        loss = (value - decode_e2m1(code) * scale * tensor_scale) / row[j]
-        later = jnp.where(jnp.arange(panel) > j, row, 0.0)
-        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=j, axis=1)
-        return (
-            columns - loss[:, None] * later,
-            update(codes, code.astype(jnp.uint8)),
-            update(losses, loss),
-        )
 
     def block(b: jax.Array, carry: tuple, square: jax.Array) -> tuple:
         columns, codes, losses, scales = carry
         first = b * BLOCK
-        amax = jnp.abs(jax.lax.dynamic_slice_in_dim(columns, first, BLOCK, axis=1)).max(1)
-        byte = encode_e4m3_scale(jnp.minimum(amax * inverse, MAX_CODE_UNITS) * (1 / E2M1_MAX))
-        step = functools.partial(column, first=first, scale=decode_e4m3(byte), square=square)
-        columns, codes, losses = jax.lax.fori_loop(0, BLOCK, step, (columns, codes, losses))
-        return columns, codes, losses, jax.lax.dynamic_update_index_in_dim(scales, byte, b, 1)
+        rows = jax.lax.dynamic_slice_in_dim(square, first, BLOCK)
+        own = jax.lax.dynamic_slice_in_dim(columns, first, BLOCK, axis=1)
+        inner = jax.lax.dynamic_slice_in_dim(rows, first, BLOCK, axis=1)
+        byte, found, lost = _best_scale(own, inner, tensor_scale)
+        later = jnp.where(jnp.arange(panel) >= first + BLOCK, rows, 0.0)
+        columns = columns - jnp.matmul(lost, later, precision=jax.lax.Precision.HIGHEST)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
+        scales = jax.lax.dynamic_update_index_in_dim(scales, byte, b, 1)
+        return columns, update(codes, found), update(losses, lost), scales
 
     def one_panel(w: jax.Array, p: jax.Array) -> tuple[jax.Array, tuple]:
         first = p * panel
@@ -145,3 +137,34 @@ def _round_group(
     _, found = jax.lax.scan(one_panel, w, jnp.arange(size // panel, dtype=jnp.int32))
     codes, scales = (jnp.moveaxis(values, 0, 1).reshape(out, -1) for values in found)
     return codes, scales
+
+
+def _best_scale(
+    w: Float32[Array, "out 16"], factor: Float32[Array, "16 16"], tensor_scale: Float32[Array, ""]
+) -> tuple[UInt8[Array, " out"], UInt8[Array, "out 16"], Float32[Array, "out 16"]]:
+    """Scale byte of each row of a block, its codes, and what each column loses, over its diagonal in the factor.
+
+    Their squares sum up to what the block adds to the error of the outputs, if later columns make up for it as they
+    can: what the scale is chosen by.
+    """
+    inverse = reciprocal(tensor_scale)
+    nearest = encode_e4m3_scale(jnp.minimum(jnp.abs(w).max(1) * inverse, MAX_CODE_UNITS) * (1 / E2M1_MAX))
+
+    def trial(step: jax.Array) -> tuple:
+        byte = jnp.clip(nearest.astype(jnp.int32) + step, 1, E4M3_NAN - 1).astype(jnp.uint8)
+        scale = decode_e4m3(byte)
+        columns, codes, losses = w, [], []
+        for j in range(BLOCK):
+            value = columns[:, j]
+            code = encode_e2m1_magnitude(jnp.minimum(jnp.abs(value) * inverse, MAX_CODE_UNITS), scale)
+            code = code | jnp.where(value < 0, 8, 0)
+            loss = (value - decode_e2m1(code) * scale * tensor_scale) / factor[j, j]
+            columns = columns - loss[:, None] * jnp.where(jnp.arange(BLOCK) > j, factor[j], 0.0)
+            codes.append(code.astype(jnp.uint8))
+            losses.append(loss)
+        return byte, jnp.stack(codes, 1), jnp.stack(losses, 1)
+
+    tried = jax.lax.map(trial, jnp.arange(*SCALE_STEPS, dtype=jnp.int32))
+    best = jnp.argmin((tried[2] ** 2).sum(2), axis=0)
+    byte, codes, losses = (jax.vmap(lambda values, i: values[i], (1, 0))(each, best) for each in tried)
+    return byte, codes, losses

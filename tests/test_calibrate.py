@@ -182,14 +182,47 @@ def test_an_interrupted_save_leaves_the_old_file(made, file, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_bad_arguments(pipe, tmp_path):
-    with pytest.raises(ArgumentError, match="prompts is empty"):
-        calibrate(pipe, [])
-    with pytest.raises(ArgumentError, match="points=-1"):
-        calibrate(pipe, ["up"], points=-1)
-    (tmp_path / "none.txt").write_text("\n  \n")
+def test_bad_arguments(pipe, monkeypatch):
+    """Before anything is measured."""
+
+    def no_run(*arguments):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(measuring, "sample", no_run)
+    for prompts, options, message in (
+        ([], {}, "prompts is an empty list"),
+        (["up", 3], {}, "prompts must be a string or a list of strings"),
+        (["up"], {"points": -1}, "points=-1"),
+        (["up"], {"num_inference_steps": 1}, "num_inference_steps=1 must be at least 2"),
+        (["up"], {"cache_format": "int4"}, "cache_format='int4'"),
+        (["up"], {"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            calibrate(pipe, prompts, **options)
+    with pytest.raises(AssertionError, match="measured"):
+        calibrate(pipe, "up")
+
+
+def test_the_first_prompt_that_overflows_is_named(pipe, monkeypatch):
+    latents, measured = measuring.sample(pipe.transformer, *run_inputs(pipe))
+    broken = measured.replace(volatility=measured.volatility.at[2].set(jnp.inf))
+    runs = []
+    monkeypatch.setattr(measuring, "sample", lambda *arguments: runs.append(arguments) or (latents, broken))
+    with pytest.raises(ArgumentError, match="volatility became NaN or Inf with 'up'"):
+        calibrate(pipe, ["up", "down"], num_inference_steps=STEPS)
+    assert len(runs) == 1
+
+
+def test_prompts_are_read_as_editors_write_them(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red 3\r\n\r\n  a blue 7 \r\n".encode())
+    assert read_prompts(file) == ["a red 3", "a blue 7"]
+    file.write_text("\n  \n")
     with pytest.raises(ArgumentError, match="holds no prompt"):
-        read_prompts(tmp_path / "none.txt")
+        read_prompts(file)
+    file.write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ArgumentError, match=r"prompts\.txt: is not UTF-8 text"):
+        read_prompts(file)
 
 
 def test_psnr():

@@ -9,7 +9,7 @@ from published_folder import CONFIGS, SCHEDULER, edit_json, modules, same_bits, 
 from convert import convert, store
 from convert.errors import CheckpointError, ConversionError
 from convert.readers import LazyTensor
-from sixbit_jax import checkpoint
+from sixbit_jax import Pipeline, checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -190,6 +190,13 @@ def test_published_folder_that_is_wrong_is_a_listed_error(published, tmp_path):
     assert {p.mark for p in caught.value.problems} == {"+"}
     assert all(p.key.startswith("transformer_blocks.2.") for p in caught.value.problems)
     assert len(caught.value.problems) == 24
+
+
+def test_quantised_models_are_not_exported(tmp_path):
+    module = Pipeline.from_pretrained("mini", quantization="w4a16").transformer.merge()
+    with pytest.raises(CheckpointError, match="transformer: its linears are quantised, which diffusers cannot read"):
+        checkpoint.write_diffusers(tmp_path / "out", transformer=module)
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_export_leaves_nothing(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from importlib.metadata import version
 
 import av
+import jax
 import numpy as np
 import published_folder
 import pytest
@@ -119,9 +120,10 @@ def test_a_cut_prompt_is_shown(model, tmp_path):
 BAD_OPTIONS = {
     "frames": (["--num-frames", 6], "error: num_frames=6 must be of the form 2k + 1; the nearest is"),
     "height": (["--height", 30], "error: height=30 must be a positive multiple of 4"),
-    "steps": (["--steps", 0], "error: num_inference_steps=0 must be between 1 and"),
-    "seeds": (["--seed", 1, "--seed", 2], "error: seed: got 2 seeds for 1 videos"),
-    "negative seed": (["--seed", -1], "error: seed=-1 must be between 0 and"),
+    "no step": (["--steps", 0], "greater than or equal to 1"),
+    "steps": (["--steps", 2000], "error: num_inference_steps=2000 must be between 1 and"),
+    "seeds": (["--seed", 1, "--seed", 2], "2 for 1 prompts: one, or one for each"),
+    "negative seed": (["--seed", -1], "error: seed=-1 must be an integer between 0 and"),
     "guidance": (["--guidance-scale", "inf"], "error: guidance_scale=inf must be a finite number"),
     "scheduler": (["--scheduler", "CogVideoXDDIMScheduler"], "is not one of"),
     "dtype": (["--dtype", "int8"], "is not one of"),
@@ -176,8 +178,34 @@ def test_places_that_cannot_be_written_are_found_before_the_model_is_loaded(tmp_
     assert message.format(tmp_path) in plain(done.stderr)
 
 
+def test_a_small_device_is_told_in_one_line(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nthe whole allocator")
+
+    monkeypatch.setattr(pipeline.Pipeline, "from_pretrained", fail)
+    done = generate(tmp_path / "a.mp4", "--prompt", "up")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: the device has too little memory: RESOURCE_EXHAUSTED: Out of memory alloc")
+    assert "--vae-tiling" in done.stderr
+    assert "allocator" not in done.stderr
+
+
+def test_the_bundled_calibration_is_not_written_over(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red 3 moves left fast")
+    done = run("calibrate", "--prompts", tmp_path / "prompts.txt")
+    assert done.exit_code == 2
+    assert 'is needed for "mini"' in plain(done.stderr)
+
+
 @pytest.mark.parametrize(
-    ("error", "code"), [(ArgumentError("mine"), 2), (OSError("disk"), 2), (ValueError("bug"), 1), (TypeError("bug"), 1)]
+    ("error", "code"),
+    [
+        (ArgumentError("mine"), 2),
+        (OSError("disk"), 2),
+        (ValueError("bug"), 1),
+        (TypeError("bug"), 1),
+        (RuntimeError("bug"), 1),
+    ],
 )
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, error, code):
     def fail(*arguments, **options):

@@ -134,6 +134,9 @@ def test_the_bundled_model_draws_what_it_is_told(drawn):
 
 def test_default_size_is_the_models_own(mini, tiny):
     assert mini.default_size == (17, 64, 64)
+    any_size = dataclasses.replace(mini.transformer.merge().config, sample_height=300, sample_width=300)
+    large = nnx.eval_shape(lambda: CogVideoXTransformer3DModel(any_size, rngs=nnx.Rngs(0)))
+    assert dataclasses.replace(mini, transformer=Split.of(large)).default_size == (17, 768, 1360)
     result = tiny(TEXTS[0], num_inference_steps=1, output_type="latent")
     assert result.latents.shape == (1, 5, 4, 8, 8)
     assert result.frames is None
@@ -177,13 +180,17 @@ def test_a_video_of_a_batch_can_be_made_again_alone(tiny):
 def test_seeds_cover_32_bits():
     keys = [video_keys(seed, 1) for seed in (0, 1, 2**31, 2**32 - 1)]
     assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 4
+    drawn = jax.random.key_data(video_keys(np.random.default_rng(0).integers(9), 2))
+    np.testing.assert_array_equal(drawn, jax.random.key_data(video_keys(7, 2)))
 
 
 def test_features_instead_of_texts_give_the_same_bits(tiny, embeds):
     wanted = tiny(TEXTS, **SMALL)
     assert same(tiny(**embeds, **SMALL), wanted)
     assert same(tiny(prompt_embeds=embeds["prompt_embeds"], **SMALL), wanted)
-    assert same(tiny(TEXTS, negative_prompt_embeds=embeds["negative_prompt_embeds"], **SMALL), wanted)
+    for one_or_each in (slice(1), slice(2)):
+        negative = embeds["negative_prompt_embeds"][one_or_each]
+        assert same(tiny(TEXTS, negative_prompt_embeds=negative, **SMALL), wanted)
     assert same(tiny(TEXTS, "", **SMALL), wanted)
     assert same(tiny(TEXTS, ["", ""], **SMALL), wanted)
     assert not same(tiny(TEXTS, "a green 1 moves up fast", **SMALL), wanted)
@@ -416,8 +423,9 @@ BAD_CALLS = {
     ),
     "latents batch": ({"latents": np.zeros((1, 3, 4, 4, 6))}, r"latents must be \[2, 3, 4, 4, 6\]"),
     "seeds": ({"seed": [1, 2, 3]}, "got 3 seeds for 2 videos; give one seed, or one for each"),
-    "negative seed": ({"seed": -1}, r"seed=-1 must be between 0 and 2\^32 - 1"),
-    "large seed": ({"seed": [0, 2**32]}, "seed=4294967296 must be between"),
+    "negative seed": ({"seed": -1}, r"seed=-1 must be an integer between 0 and 2\^32 - 1"),
+    "large seed": ({"seed": [0, 2**32]}, "seed=4294967296 must be an integer between"),
+    "half a seed": ({"seed": [1, 1.5]}, r"seed=1\.5 must be an integer between"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps=0 must be between 1 and num_train_timesteps=1000"),
     "steps": ({"num_inference_steps": 1001}, "num_inference_steps=1001 must be between 1 and"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import calibrated
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from convert.errors import CheckpointError
 from sixbit_jax import Pipeline, cli
 from sixbit_jax.calibrate import calibrate
-from sixbit_jax.errors import ArgumentError
+from sixbit_jax.errors import ArgumentError, CalibrationWarning
 from sixbit_jax.precision.blocks import PrecisionTrace
 from sixbit_jax.precision.calibration import FILE_NAME
 from sixbit_jax.precision.targets import NAMED, QuantizationConfig
@@ -76,8 +77,10 @@ def test_a_target_by_configuration(model):
 
 
 def test_targets_need_a_calibration(bare, model):
+    with pytest.raises(CheckpointError, match="no such calibration file; `sixbit calibrate` makes one"):
+        load(bare, "sixbit")
     with pytest.raises(ArgumentError, match="run `sixbit calibrate"):
-        load(bare, "sixbit")("up", **CALL)
+        load(bare, "int8").quantized(NAMED["sixbit"]).policy(STEPS)
     given = load(bare, "sixbit", calibration=model / FILE_NAME)
     assert given.calibration.prompts == calibrated.PROMPTS
     assert load(bare, "sixbit", calibration=given.calibration).calibration is given.calibration
@@ -91,6 +94,35 @@ def test_an_unfit_calibration_in_the_folder(model, tmp_path, caplog):
     assert "not used" in caplog.text
     with pytest.raises(CheckpointError, match="rotation"):
         load(other, QuantizationConfig(target_mean_bits=6.0, hadamard=0))
+
+
+def test_quantising_later_checks_the_calibration(model, caplog):
+    """That a model has from its folder, before it is known what it will be quantised to."""
+    pipe = load(model, None)
+    assert pipe.quantized(NAMED["sixbit"]).calibration is pipe.calibration
+    assert pipe.quantized(QuantizationConfig(activations="int8", hadamard=0)).calibration is None
+    assert f"not used: {model / FILE_NAME}: was made for another model: the rotation" in caplog.text
+    with pytest.raises(CheckpointError, match="the rotation of attn_in is 32 there and 0 here"):
+        pipe.quantized(QuantizationConfig(target_mean_bits=6.0, hadamard=0))
+    assert load(model, None, calibration=pipe.calibration).calibration is pipe.calibration
+
+
+def test_a_run_unlike_those_of_the_calibration_is_told(model):
+    config = QuantizationConfig(target_mean_bits=6.0, warm_up=2)
+    pipe = load(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("up", **CALL)
+    dpm = dataclasses.replace(pipe.scheduler, class_name="CogVideoXDPMScheduler")
+    pipe = dataclasses.replace(pipe, scheduler=dpm)
+    wanted = (
+        "scheduler CogVideoXDDIMScheduler, not CogVideoXDPMScheduler; num_frames, height, width .*; guided True, not"
+    )
+    with pytest.warns(CalibrationWarning, match=wanted):
+        pipe("up", **CALL | {"guidance_scale": 1.0, "num_frames": 5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.quantized(NAMED["int8"])("up", **CALL)
 
 
 def test_names_and_targets_are_checked_first(bare):
@@ -146,6 +178,7 @@ def test_the_command_reports_and_saves_the_trace(model, tmp_path):
     [
         (["--quantization", "fp8"], "unknown quantization 'fp8'; there are w4a16, int8, nvfp4, int8-reuse, sixbit"),
         (["--target-skip", 0.3], "goes with --quantization"),
+        (["--quantization", "int8-reuse", "--target-skip", 0.1], "int8-reuse has a rhythm of its own"),
         (["--quantization", "int8", "--target-mean-bits", 6, "--target-skip", 0.1], "met by skipping"),
         (["--quantization", "sixbit", "--target-skip", 0.99], "target_skip=0.99 cannot be met"),
         (["--quantization", "sixbit", "--calibration", "absent"], "absent: no such calibration file"),

@@ -15,7 +15,7 @@ from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES, PlainLinears
 from sixbit_jax.models.split import Split
 from sixbit_jax.qtensor import QuantLinear, quantize_model
-from sixbit_jax.rounding import DAMPING, group_size, round_to_inputs
+from sixbit_jax.rounding import DAMPING, SCALE_STEPS, group_size, round_to_inputs
 from sixbit_jax.sampling import sampler
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -33,14 +33,24 @@ def by_hand(weight, moment, hadamard):
     moment += DAMPING * np.trace(moment) / len(moment) * np.eye(len(moment))
     factor = np.linalg.cholesky(np.linalg.inv(moment)).T
     scale_of_all = np.abs(w).max() / (6 * 448)
-    for j in range(w.shape[1]):
-        if j % 16 == 0:
-            largest = np.abs(w[:, j : j + 16]).max(1)
-            scale = decode_e4m3(encode_e4m3_scale(largest / scale_of_all / 6)) * scale_of_all
-        found = np.sign(w[:, j]) * E2M1[nearest(np.abs(w[:, j]) / scale, E2M1)] * scale
-        loss = (w[:, j] - found) / factor[j, j]
-        w[:, j] = found
-        w[:, j + 1 :] -= np.outer(loss, factor[j, j + 1 :])
+
+    def rounded(w, first, scale):
+        """Columns from `first` on, a block of them rounded; and the sum of what that loses, by row."""
+        w, cost = w.copy(), np.zeros(len(w))
+        for j in range(first, first + 16):
+            found = np.sign(w[:, j]) * E2M1[nearest(np.abs(w[:, j]) / scale, E2M1)] * scale
+            loss = (w[:, j] - found) / factor[j, j]
+            w[:, j] = found
+            w[:, j + 1 :] -= np.outer(loss, factor[j, j + 1 :])
+            cost += loss**2
+        return w, cost
+
+    for first in range(0, w.shape[1], 16):
+        byte = encode_e4m3_scale(np.abs(w[:, first : first + 16]).max(1) / scale_of_all / 6).astype(int)
+        trials = np.clip(byte + np.arange(*SCALE_STEPS)[:, None], 1, 126).astype(np.uint8)
+        tried = [rounded(w, first, decode_e4m3(trial) * scale_of_all) for trial in trials]
+        best = np.argmin([cost for _, cost in tried], axis=0)
+        w = np.stack([tried[i][0][row] for row, i in enumerate(best)])
     return w
 
 
@@ -65,16 +75,24 @@ def test_outputs_stay_nearer_than_with_the_nearest_weights(out, k, hadamard):
 
 
 @pytest.mark.parametrize("hadamard", [128, 0])
-def test_inputs_without_correlation_change_nothing(hadamard):
+@pytest.mark.parametrize("seen", [3.0, 0.0], ids=["without correlation", "never seen"])
+def test_inputs_that_tell_nothing_leave_codes_the_nearest(hadamard, seen):
+    """Of the scales that are tried, the one with the smallest error; for it, the nearest codes."""
     weight = jax.random.normal(jax.random.key(0), (40, 384))
-    found = round_to_inputs(weight, 3.0 * jnp.stack([jnp.eye(128)] * 3), hadamard=hadamard)
-    jax.tree.map(np.testing.assert_array_equal, found, rotate_quantize(weight, format="nvfp4", hadamard=hadamard)[0])
+    array = round_to_inputs(weight, seen * jnp.stack([jnp.eye(128)] * 3), hadamard=hadamard)
+    plain = rotate_quantize(weight, format="nvfp4", hadamard=hadamard)[0]
+    assert array.tensor_scale == plain.tensor_scale
+    exact = rotate(np.asarray(weight), hadamard).reshape(-1, 16)
 
+    def by_scale(steps):
+        byte = np.clip(np.asarray(plain.scales).reshape(-1).astype(int) + steps, 1, 126).astype(np.uint8)
+        scale = decode_e4m3(byte)[:, None] * float(plain.tensor_scale)
+        return np.sign(exact) * E2M1[nearest(np.abs(exact) / scale, E2M1)] * scale
 
-def test_inputs_that_were_never_seen():
-    weight = jax.random.normal(jax.random.key(0), (8, 128))
-    found = round_to_inputs(weight, jnp.zeros((1, 128, 128)), hadamard=128)
-    jax.tree.map(np.testing.assert_array_equal, found, rotate_quantize(weight, format="nvfp4")[0])
+    tried = [((by_scale(steps) - exact) ** 2).sum(1) for steps in range(*SCALE_STEPS)]
+    found = dequantize(array).reshape(-1, 16)
+    np.testing.assert_allclose(((found - exact) ** 2).sum(1), np.min(tried, axis=0), rtol=1e-4)
+    assert (np.min(tried, axis=0) < 0.9 * tried[-SCALE_STEPS[0]]).mean() > 0.2
 
 
 def test_groups_are_rounded_apart():
@@ -173,5 +191,5 @@ def test_bad_moments_are_refused():
     with pytest.raises(ArgumentError, match="quantised already"):
         moments.init(make(quantized=True))
     pipe = Pipeline.from_pretrained("mini")
-    with pytest.raises(ArgumentError, match="prompts is empty"):
+    with pytest.raises(ArgumentError, match="prompts is an empty list"):
         moments.gather(pipe, [])

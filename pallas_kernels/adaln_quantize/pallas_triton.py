@@ -137,8 +137,7 @@ def _modulated(
     kind = 2 * sample + video
 
     load = rotation.loader(cut, x_ref)
-    parts = [0, 1] if len(x_ref.shape) == 5 else [None]
-    places = [(c, s, part) for c in range(cut.chunks) for s in range(cut.slices) for part in parts]
+    places = cut.places(x_ref)
     total = functools.reduce(jnp.add, [load(cut, *place).astype(jnp.float32) for place in places])
     mean = total.sum(2).sum(1) * (1 / dim)
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.common import device
 
 Operand = jax.Array | jax.ShapeDtypeStruct
-REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+REGISTERS = {2: (232, 40), 3: (160, 32)}
 """Registers of a thread that multiplies and of one that loads, by the number of warpgroups that multiply."""
 LARGEST_LOGIT = 80 / math.log2(math.e)
 """Of logits whose softmax needs no maximum: weights are between 2^-80 and 2^80, and float32 holds 2^46 times as much:

@@ -31,7 +31,7 @@ import typing
 import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8, UInt8
+from jaxtyping import Array, Float, Float32, Float64, Int8, UInt8
 
 BLOCK = 16
 """Values that share one E4M3 scale."""
@@ -218,6 +218,14 @@ def hadamard_block(size: int, requested: int | None = None) -> int:
     if requested and size % requested:
         raise ValueError(f"hadamard={requested} does not divide a contracting axis of {size}")
     return requested
+
+
+def sylvester(size: int) -> Float64[np.ndarray, "{size} {size}"]:
+    """The symmetric Hadamard matrix of 1 and -1, in Sylvester's order; `size` is a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def _check_rows(array: Int8Array | CarriedArray) -> None:

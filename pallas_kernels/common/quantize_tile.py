@@ -15,6 +15,7 @@ With `Instructions.ptx` some steps are inline PTX, without which they are plain 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,7 @@ from pallas_kernels.common.formats import (
     INT8_MAX,
     MAX_CODE_UNITS,
     MIN_SCALE,
+    sylvester,
 )
 from pallas_kernels.common.xla import decode_e2m1, decode_e4m3, encode_e2m1_magnitude
 
@@ -52,8 +54,6 @@ _ROUNDER = 1.5 * 2.0**23
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGEST_BITS = 0x7F7FFFFF
 """Bits of the largest finite float32; those of infinity and NaN, without a sign, are larger integers."""
-_E2M1_SHIFT = 2.0**-14
-"""E2M1 magnitudes times this are half-precision floats whose exponent and first mantissa bit are the code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +167,11 @@ class Geometry:
         values = plgpu.load(ref.at[(row, *self._columns(ref, chunk, slice_, part))], mask=mask, other=other)
         return values.reshape(1, self.blocks, -1)
 
+    def places(self, ref) -> list[tuple[int, int, int | None]]:
+        """What `load` takes after a reference, for all of a tile in turn: (chunk, slice, part)."""
+        parts = (0, 1) if len(ref.shape) == 5 else (None,)
+        return list(itertools.product(range(self.chunks), range(self.slices), parts))
+
     def matrix(self, values: Array) -> Array:
         """[rows, blocks, columns] to [rows * blocks, columns]."""
         return values.reshape(self.matrix_rows, -1)
@@ -228,10 +233,7 @@ def geometry(shape: tuple[int, int], *, hadamard: int, width: int, rows: int, bl
 
 def matrices(hadamard: int, width: int, *, packed: bool) -> list[Float64[np.ndarray, "width columns"]]:
     """The right factor of the rotation, by plane; over `hadamard`, so that sums overflow only where results do."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < width:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix = matrix / hadamard
+    matrix = sylvester(width) / hadamard
     return [matrix[:, 0::2], matrix[:, 1::2]] if packed else [matrix]
 
 

@@ -35,7 +35,7 @@ def configuration(operation: str, key: str) -> dict | None:
 
 
 def configured[C](operation: str, heuristic: Callable[..., C], **case) -> C:
-    """The tuned configuration of a case, else the heuristic's.
+    """The configuration of a case that was tuned on this kind of device, else the heuristic's.
 
     Args:
         operation: with the implementation, as "scaled_matmul/pallas_triton".

@@ -19,7 +19,6 @@ from pallas_kernels.common import device, quantize_tile
 from pallas_kernels.common.decode_tile import E2M1_SHIFT, e2m1_as_half
 from pallas_kernels.common.formats import BLOCK, NVFP4Array
 from pallas_kernels.common.quantize_tile import Instructions
-from pallas_kernels.common.tuning import configured
 from pallas_kernels.common.xla import decode_e4m3
 from pallas_kernels.delta_cache.types import DeltaSums
 
@@ -44,20 +43,9 @@ class Config:
 
 
 def heuristic(*, k: int) -> Config:
-    """The configuration for rows of k values without a tuned one."""
+    """The configuration for rows of k values, unless another is asked for."""
     blocks = min(64, pl.next_power_of_2(k // BLOCK))
     return Config(rows=max(1, 128 // blocks), blocks=blocks, num_warps=4)
-
-
-def candidates(*, k: int) -> list[Config]:
-    """Configurations worth timing."""
-    return [
-        Config(rows=rows, blocks=blocks, num_warps=warps)
-        for rows in (1, 2, 4, 8)
-        for blocks in (16, 32, 64, 128)
-        for warps in (2, 4, 8)
-        if 32 * warps <= rows * blocks * 2 <= 256 * warps and rows * k / (32 * warps) <= 128
-    ]
 
 
 def refusal(x: Float[Array, "batch tokens dim"], *rest, **options) -> str | None:
@@ -83,7 +71,7 @@ def store_delta(
     config: Config | None = None,
 ) -> tuple[NVFP4Array, DeltaSums]:
     """See `api.store_delta`."""
-    config = config or configured("delta_cache/pallas_triton", heuristic, k=before.shape[-1])
+    config = config or heuristic(k=before.shape[-1])
     return _store_delta(
         before,
         after,
@@ -136,7 +124,7 @@ def apply_delta(
     x: Float[Array, "batch tokens dim"], stored: NVFP4Array, *, config: Config | None = None
 ) -> Float[Array, "batch tokens dim"]:
     """See `api.apply_delta`."""
-    config = config or configured("delta_cache/pallas_triton", heuristic, k=x.shape[-1])
+    config = config or heuristic(k=x.shape[-1])
     return _apply_delta(x, stored, config=config, interpret=device.interpreting())
 
 

@@ -14,7 +14,6 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common import device
-from pallas_kernels.common.tuning import configured
 from pallas_kernels.norm_rotary.xla import Norm, Rotary
 
 
@@ -32,20 +31,9 @@ class Config:
     num_warps: int
 
 
-def heuristic(*, tokens: int, heads: int, head: int) -> Config:
-    """The configuration without a tuned one."""
+def heuristic(*, heads: int) -> Config:
+    """The configuration for this many heads of queries, unless another is asked for."""
     return Config(tokens=8, heads=min(8, pl.next_power_of_2(2 * heads)), num_warps=4)
-
-
-def candidates(*, tokens: int, heads: int, head: int) -> list[Config]:
-    """Configurations worth timing."""
-    return [
-        Config(tokens=t, heads=h, num_warps=w)
-        for t in (1, 2, 4, 8, 16)
-        for h in (2, 4, 8, 16)
-        for w in (2, 4, 8)
-        if 16 <= t * h * head / (32 * w) <= 64
-    ]
 
 
 def refusal(qkv: Float[Array, "batch tokens heads head"], **options) -> str | None:
@@ -66,9 +54,7 @@ def norm_rotary(
     config: Config | None = None,
 ) -> Float[Array, "batch tokens heads head"]:
     """See `api.norm_rotary`."""
-    if config is None:
-        _, tokens, heads, head = qkv.shape
-        config = configured("norm_rotary/pallas_triton", heuristic, tokens=tokens, heads=heads // 3, head=head)
+    config = config or heuristic(heads=qkv.shape[2] // 3)
     return _norm_rotary(qkv, query, key, rotary, epsilon=epsilon, config=config, interpret=device.interpreting())
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, BFloat16, Float32, Float64
+from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels.common import device
 from pallas_kernels.common.decode_tile import (
@@ -40,6 +40,7 @@ from pallas_kernels.common.formats import (
     CarriedArray,
     Int8Array,
     NVFP4Array,
+    sylvester,
 )
 from pallas_kernels.common.tuning import configured
 from pallas_kernels.nvfp4_cast.xla import scale_a_row
@@ -87,7 +88,7 @@ def candidates(*, to: str, n: int, k: int) -> list[Config]:
 
 def refusal(array: NVFP4Array, *, to: str) -> str | None:
     """See `common.choice.Implementation`."""
-    return None if device.interpreting() else device.refusal(at_least=(8, 9) if to == "fp8" else (8, 0))
+    return device.refusal(at_least=(8, 9) if to == "fp8" else (8, 0))
 
 
 def cast(
@@ -120,7 +121,7 @@ def _cast(array: NVFP4Array, *, to: str, config: Config, interpret: bool):
         else:
             body = functools.partial(_bfloat16_kernel, hadamard=array.hadamard)
             if array.hadamard:
-                operands.append(jnp.asarray(_signs(array.hadamard), jnp.bfloat16))
+                operands.append(jnp.asarray(sylvester(array.hadamard), jnp.bfloat16))
             out_shape = jax.ShapeDtypeStruct((n, k), jnp.bfloat16)
     found = pl.pallas_call(
         functools.partial(body, config=config, interpret=interpret),
@@ -205,11 +206,3 @@ def _tensor_scales(ref, row, rows: int) -> Float32[Array, " rows"]:
     if ref.shape[0] == 1:
         return jnp.full(rows, ref[0])
     return plgpu.load(ref.at[pl.ds(row, rows)], mask=row + jnp.arange(rows) < ref.shape[0], other=1.0)
-
-
-def _signs(size: int) -> Float64[np.ndarray, "size size"]:
-    """The symmetric Hadamard matrix of 1 and -1, in Sylvester's order."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix

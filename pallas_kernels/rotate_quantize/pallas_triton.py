@@ -191,9 +191,7 @@ def _rows(cut: Geometry, refs: list) -> tuple[Geometry, Callable]:
 
 def loader(cut: Geometry, ref) -> Callable:
     """What a prologue gives, of an operand: the tile is loaded at once, other geometries when they are asked for."""
-    parts = [0, 1] if len(ref.shape) == 5 else [None]
-    places = [(c, s, part) for c in range(cut.chunks) for s in range(cut.slices) for part in parts]
-    kept: dict[tuple, Array] = {place: cut.load(ref, *place) for place in places}
+    kept: dict[tuple, Array] = {place: cut.load(ref, *place) for place in cut.places(ref)}
 
     def source(where: Geometry, chunk, slice_: int | None, part: int | None) -> Array:
         return kept[chunk, slice_, part] if where is cut else where.load(ref, chunk, slice_, part)

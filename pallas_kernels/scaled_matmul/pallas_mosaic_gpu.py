@@ -125,7 +125,7 @@ def scaled_matmul(
     out_dtype: DTypeLike,
     config: Config | None = None,
 ) -> Float[Array, "*rows n"] | Int32[Array, "*rows n"]:
-    """See `api.scaled_matmul`; `config` None takes the heuristic's."""
+    """See `api.scaled_matmul`; `config` None takes what `tuning.configured` finds."""
     if config is None:
         config = configured("scaled_matmul/pallas_mosaic_gpu", heuristic, **case(a, b, epilogue))
     interpret = device.interpreting()

@@ -108,7 +108,7 @@ def scaled_matmul(
     out_dtype: DTypeLike,
     config: Config | None = None,
 ) -> Float[Array, "*rows n"] | Int32[Array, "*rows n"]:
-    """See `api.scaled_matmul`; `config` None takes the heuristic's."""
+    """See `api.scaled_matmul`; `config` None takes what `tuning.configured` finds."""
     if config is None:
         config = configured("scaled_matmul/pallas_triton", heuristic, **case(a, b, epilogue))
     return _scaled_matmul(a, b, epilogue, out_dtype=out_dtype, config=config, interpret=device.interpreting())

@@ -27,7 +27,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Float64, Int32
 from pallas_kernels.common import device
 from pallas_kernels.common.decode_tile import as_words, check_tile, enough_rows, load, load_tile, pairs, store_tile
 from pallas_kernels.common.epilogue import Epilogue, finish
-from pallas_kernels.common.formats import BLOCK, CarriedArray, NVFP4Array
+from pallas_kernels.common.formats import BLOCK, CarriedArray, NVFP4Array, sylvester
 from pallas_kernels.common.tuning import configured
 from pallas_kernels.nvfp4_cast import pallas_triton as nvfp4_cast
 from pallas_kernels.scaled_matmul import pallas_mosaic_gpu
@@ -91,7 +91,7 @@ def candidates(*, rows: int, n: int, k: int) -> list[Config]:
 
 def refusal(x: Float[Array, "*rows k"], weight: NVFP4Array, *, epilogue: Epilogue, out_dtype: DTypeLike) -> str | None:
     """See `common.choice.Implementation`."""
-    return None if device.interpreting() else device.refusal(at_least=(8, 0))
+    return device.refusal(at_least=(8, 0))
 
 
 def weight_only_matmul(
@@ -194,10 +194,8 @@ def _prepare(
 def _signs(hadamard: int) -> tuple[Float64[np.ndarray, "128 64"], Float64[np.ndarray, "128 64"]]:
     """Columns of the block-diagonal matrix of the rotation, without its norm, that make the first and the second of
     each pair: pair by pair, and of each the blocks of a window."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < hadamard:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix = np.kron(np.eye(WINDOW // len(matrix)), matrix)
+    size = hadamard or 1
+    matrix = np.kron(np.eye(WINDOW // size), sylvester(size))
     low = np.add.outer(_LOW, BLOCK * np.arange(WINDOW // BLOCK)).ravel()
     return matrix[:, low], matrix[:, low + 4]
 

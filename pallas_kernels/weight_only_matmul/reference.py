@@ -3,7 +3,7 @@
 import numpy as np
 
 from pallas_kernels.common.epilogue import Epilogue
-from pallas_kernels.common.formats import CarriedArray, NVFP4Array
+from pallas_kernels.common.formats import CarriedArray, NVFP4Array, sylvester
 from pallas_kernels.common.reference import in_code_units
 from pallas_kernels.scaled_matmul.reference import scaled_matmul
 
@@ -26,8 +26,5 @@ def rotate(values: np.ndarray, hadamard: int) -> np.ndarray:
     """Float64 values [..., K] times the orthonormal block Hadamard matrix, which is its own inverse."""
     if hadamard == 0:
         return values
-    matrix = np.ones((1, 1))
-    while len(matrix) < hadamard:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     blocks = values.reshape(*values.shape[:-1], -1, hadamard)
-    return (blocks @ (matrix / np.sqrt(hadamard))).reshape(values.shape)
+    return (blocks @ (sylvester(hadamard) / np.sqrt(hadamard))).reshape(values.shape)

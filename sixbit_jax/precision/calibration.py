@@ -148,6 +148,7 @@ class Calibration:
         prompts: that were run.
         settings: of the runs: number of steps, guidance, seed, size, scheduler, dtype, of the operating points.
         version: of the package that measured.
+        source: where it was read from, for messages.
     """
 
     alpha: np.ndarray
@@ -160,6 +161,7 @@ class Calibration:
     prompts: tuple[str, ...]
     settings: Mapping[str, Any]
     version: str = sixbit_jax.__version__
+    source: str = "this calibration"
 
     @functools.cached_property
     def transformer_config(self) -> TransformerConfig:
@@ -215,24 +217,24 @@ class Calibration:
             prompts=tuple(about["prompts"]),
             settings=about["settings"],
             version=about["version"],
+            source=str(path),
         )
         if transformer is not None:
-            calibration.check(transformer, name=str(path))
+            calibration.check(transformer)
         return calibration
 
-    def check(self, transformer: Split[CogVideoXTransformer3DModel], *, name: str = "this calibration") -> None:
+    def check(self, transformer: Split[CogVideoXTransformer3DModel]) -> None:
         """Makes sure that it is of this model.
 
         Args:
             transformer: with quantised linears.
-            name: of the calibration, for the message.
 
         Raises:
             CheckpointError: if not; says what differs.
         """
         if found := self.fingerprint.differences(Fingerprint.of(transformer)):
             raise CheckpointError(
-                f"{name}: was made for another model: {'; '.join(found)}. Run `sixbit calibrate` for this one"
+                f"{self.source}: was made for another model: {'; '.join(found)}. Run `sixbit calibrate` for this one"
             )
 
     def __str__(self) -> str:

@@ -235,7 +235,7 @@ class CostAwareRouter:
 
     @property
     def observes(self) -> bool:
-        return self.router.observes
+        return self.router.observes and len(self.choices) > 1
 
     def init(self, blocks: int, groups: int, sites: int) -> Any:
         return self.router.init(blocks, groups, sites)

@@ -47,10 +47,9 @@ BISECTIONS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """How a pipeline's transformer is quantised and run.
+    """How a pipeline's transformer is quantised and run: the weights of its block linears in NVFP4.
 
     Attributes:
-        weights: of the block linears: "nvfp4", the only format.
         hadamard: block of the rotation, as in `quantize_model`; None for the largest that fits, 0 for none.
         four_over_six: let each block of weights take the better of two scales.
         activations: "routed" (the paper's router), or one route everywhere: "int8", "nvfp4" or "16bit".
@@ -67,13 +66,12 @@ class QuantizationConfig:
         carrier: what NVFP4 operands are multiplied in where there are no FP4 tensor cores: "exact" or "fp8".
         joint: decide for all videos of a batch together.
         hardware_aware: never take NVFP4 where INT8 costs no more on this device. On a GPU without FP4 tensor cores
-            that leaves INT8 alone, and mean bits to be met by skipping.
+            that leaves INT8 alone, and mean bits to be met by skipping: without a skip setting beside them.
 
     Raises:
         ArgumentError: on an unknown name, a value out of range, or settings that exclude each other.
     """
 
-    weights: str = "nvfp4"
     hadamard: int | None = None
     four_over_six: bool = False
     activations: str = "routed"
@@ -94,7 +92,6 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("weights", ("nvfp4",)),
             ("activations", ("routed", *ROUTES)),
             ("cache_format", delta_cache.FORMATS),
             ("carrier", ("exact", "fp8")),
@@ -433,6 +430,11 @@ def _solve(config: QuantizationConfig, calibration: Calibration | None, steps: i
     if calibration is None:
         return with_thresholds(policy, skip=config.skip_threshold or 0.0, error=0.0)
     if one_route and not by_skipping:
+        if strict and bits is not None:
+            raise ArgumentError(
+                "hardware_aware leaves INT8 alone on this device, so that target_mean_bits is met by skipping: give no"
+                " target_skip, skip_threshold or skip_every beside it"
+            )
         bits = None  # nothing to decide between
     simulator = Simulator(calibration, steps)
 

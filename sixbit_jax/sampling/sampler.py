@@ -218,7 +218,8 @@ def sample(
         conditioning: text features and keys.
         policy: which precision each linear takes and which blocks are skipped; None runs the model as it is.
         on_step: called on the host, in order, with the index of each finished step. Keep one function object for
-            many calls: it is part of the compilation key.
+            many calls: it is part of the compilation key. Not with arguments on several devices: JAX keeps callbacks in
+            order on one alone.
 
     Returns:
         The denoised latents and the trace of every step.

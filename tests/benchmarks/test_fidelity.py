@@ -182,6 +182,23 @@ def test_claims_follow_the_rows():
     assert within == {"DMPQ + TDC, PDR (15 %, 6 bits)": "yes", "DMPQ + TDC, PDR (30 %, 5 bits)": "no"}
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("DMPQ + TDC, naive, INT8 in the last steps (15 %, 6 bits)", "naive stacking"),
+        ("W4A8 + TDC, naive, four over six (30 %, 5 bits)", "naive stacking"),
+        ("W4A8 + TDC, 30 % skipped", "naive stacking"),
+        ("W4A4 + TDC, PDR (30 %, 5 bits)", "purified, or routed otherwise"),
+        ("DMPQ + TDC, INT8 after a skip (15 %, 6 bits)", "purified, or routed otherwise"),
+        ("W4A8, PDR, every 2nd step skipped", "whole steps skipped"),
+        ("W4A8, every 3rd step skipped", "whole steps skipped"),
+    ],
+)
+def test_stacked_rows_are_told_apart_by_name(name, how):
+    assert fidelity_report.stacked_how(name) == how
+    assert how in fidelity_report.STACKED
+
+
 def test_report_draws_every_figure(tmp_path):
     rows = [
         make_row("bf16", "reference", None, 16.0),

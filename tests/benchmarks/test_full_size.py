@@ -2,11 +2,23 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import jaxtyping
 import pytest
 
 from benchmarks import attention, blocks, conversion, end_to_end, start, weights
+from pallas_kernels.common import device
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def lowering():
+    """While JAX lowers, it puts descriptions of arrays in their place, which types of arrays forbid."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_attention(tmp_path):
@@ -14,6 +26,23 @@ def test_attention(tmp_path):
     assert len(rows) == 3
     assert all(0 < row.error < 1e-2 and row.ms > 0 for row in rows)
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["implementation"] == "xla"
+
+
+def test_the_bounded_row_is_of_the_bounded_kernel(monkeypatch):
+    """On a Hopper GPU, whose place a program takes that says what it was asked for."""
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(
+        attention.pallas_mosaic_gpu, "_attention", lambda q, k, v, *, bounded, **_: jnp.full_like(q, bounded)
+    )
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 512, 3, 64), jnp.bfloat16)
+    assert attention.bounded(q, k, v).all()
+    assert not attention.attention(q, k, v, implementation="pallas_mosaic_gpu").any()
+
+
+def test_benchmarked_logits_keep_to_their_bound():
+    shape = (3, 100_000, 64)
+    longest = jnp.linalg.norm(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16), axis=-1).max()
+    assert longest**2 / 8 < attention.pallas_mosaic_gpu.LARGEST_LOGIT / 2
 
 
 @pytest.mark.slow
@@ -25,6 +54,7 @@ def test_conversion(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lowering")
 def test_end_to_end(tmp_path):
     arguments = ["--models", "mini", "--steps", "5", "--shares", "0.4", "--block-shares", "0.2", "--bits", "6"]
     rows = end_to_end.main([*arguments, "--out", str(tmp_path / "e.json")])
@@ -40,6 +70,7 @@ def test_end_to_end(tmp_path):
 @pytest.mark.slow
 # What reads profiles is made with a tool that Python warns of, and cannot bear its warning to be an error.
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+@pytest.mark.usefixtures("lowering")
 def test_blocks(tmp_path):
     """Every part of a block is seen in both ways to run it."""
     rows = blocks.main(["--layers", "2", "--steps", "4", "--out", str(tmp_path / "b.json")])

@@ -10,6 +10,9 @@ import pytest
 from published_folder import T5, TRANSFORMER, VAE
 
 from benchmarks import stages
+from pallas_kernels.attention.pallas_mosaic_gpu import LARGEST_LOGIT
+from pallas_kernels.norm_rotary import logit_bound
+from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.t5 import T5EncoderModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,6 +36,17 @@ def test_random_weights():
     assert 0.01 < float(kernel.std()) < 0.03
     assert len({layer.tobytes() for layer in jax.device_get(kernel)}) == T5.num_layers
     check(stages.measure("tiny", stages.random_pipeline(TINY, VAE, T5), 2), 5, 16, 16, 2)
+
+
+def test_random_norms_keep_logits_small():
+    """So that attention takes the kernel that a trained model's norms are assumed to choose."""
+    config = dataclasses.replace(TRANSFORMER, attention_head_dim=64)
+    blocks = stages.random_model(CogVideoXTransformer3DModel, config).params["blocks"]
+    (q_scale, q_bias), (k_scale, k_bias) = (
+        (blocks[name]["scale"][...], blocks[name]["bias"][...]) for name in ("norm_q", "norm_k")
+    )
+    bounds = [float(logit_bound((q_scale[i], q_bias[i]), (k_scale[i], k_bias[i]))) for i in range(config.num_layers)]
+    assert all(8 < bound < LARGEST_LOGIT / 2 for bound in bounds)
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import time
 from types import SimpleNamespace
 
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from published_folder import edit_json, edit_tensors, sparse_transformer, write, write_text_encoder
 from typer.testing import CliRunner
 
@@ -16,7 +18,9 @@ from convert import command, convert, store
 from convert.__main__ import app
 from convert.errors import CheckpointError, ConversionError
 from convert.store import read_manifest
+from sixbit_jax import checkpoint
 from sixbit_jax.config import TransformerConfig
+from sixbit_jax.precision.calibration import FILE_NAME
 
 LARGE = TransformerConfig(num_attention_heads=16, num_layers=8, text_embed_dim=64)
 """306 MB in bfloat16, of which the largest parameters have 67 MB each."""
@@ -141,10 +145,13 @@ def test_hub_ids_are_downloaded_without_what_is_not_needed(published, tmp_path, 
     convert("some/model", tmp_path / "out", components=["vae", "scheduler"], progress=False)
     assert asked["some/model"] == [
         "model_index.json",
+        store.MANIFEST,
+        FILE_NAME,
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model-*-of-*.safetensors",
         "vae/diffusion_pytorch_model.safetensors.index.json",
+        "vae/[0-9]*/*",
         "scheduler/*",
     ]
 
@@ -154,6 +161,28 @@ def test_hub_ids_are_downloaded_without_what_is_not_needed(published, tmp_path, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=r"some/model: no such local folder, and the hub .*: no net"):
         convert("some/model", tmp_path / "other", progress=False)
+
+
+def test_our_own_checkpoints_come_from_the_hub_too(published, tmp_path, monkeypatch):
+    ours = convert(published, tmp_path / "ours", progress=False)
+    for other in ("README.md", "transformer/notes.txt", FILE_NAME):
+        (ours / other).write_text("x")
+
+    def download(repo_id, *, allow_patterns):
+        names = [str(path.relative_to(ours)) for path in ours.rglob("*") if path.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ours / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found, wanted = checkpoint.load("some/model"), checkpoint.load(ours)
+    for name in ("transformer", "vae", "text_encoder"):
+        states = [nnx.state(getattr(loaded, name)) for loaded in (found, wanted)]
+        jax.tree.map(np.testing.assert_array_equal, *states)
+    assert found.scheduler == wanted.scheduler
+    assert (tmp_path / "cache" / FILE_NAME).is_file()
+    assert not (tmp_path / "cache" / "transformer" / "notes.txt").exists()
 
 
 def test_existing_destinations(published, tmp_path):

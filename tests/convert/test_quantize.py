@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,41 @@ def test_rounded_for_what_prompts_show(tmp_path):
     assert (entry["prompts"], entry["num_inference_steps"]) == (prompts, steps)
 
 
+def test_what_is_there_needs_no_prompts_run_again(tmp_path, monkeypatch):
+    """A process that is killed past the transformer leaves what another need not sample for."""
+    arguments = {"quantize": {"transformer": "nvfp4"}, "prompts": ["up"], "num_inference_steps": 1, "progress": False}
+    runs = []
+    monkeypatch.setattr(command, "gather", lambda *a, **k: runs.append(a) or moments.gather(*a, **k))
+
+    def killed(*arguments, **options):
+        left.append(shutil.copytree(*(tmp_path.glob(".out.*.partial")), tmp_path / "left"))
+        raise OSError("killed")
+
+    left: list = []
+    with monkeypatch.context() as dying:
+        dying.setattr(command, "write_manifest", killed)
+        with pytest.raises(OSError, match="killed"):
+            convert(MINI_MODEL, tmp_path / "out", **arguments)
+    assert len(runs) == 1
+    beside = []
+
+    def space(destination, needed, work):
+        beside.append(store._beside(destination, work))
+        shutil.copytree(left[0], beside[0])
+        # All that is needed is there.
+        free = shutil.disk_usage(tmp_path)._replace(free=command.DISK_MARGIN * 2)
+        with monkeypatch.context() as full:
+            full.setattr(shutil, "disk_usage", lambda path: free)
+            store.check_space(destination, needed, work)
+            with pytest.raises(CheckpointError, match=r"needs .* GB of disk more, beside 0\.0. GB in .*partial"):
+                store.check_space(destination, 2 * needed, work)
+
+    monkeypatch.setattr(command, "check_space", space)
+    out = convert(MINI_MODEL, tmp_path / "out", **arguments)
+    assert len(runs) == 1
+    assert checkpoint.load(out, components=["transformer"]).transformer is not None
+
+
 def test_what_cannot_be_quantised(published, tmp_path):
     for options, message in (
         ({"quantize": {"vae": "nvfp4"}}, "vae can't be quantised; transformer, text_encoder can"),
@@ -174,6 +210,9 @@ def test_two_conversions_of_one_folder(published, tmp_path, monkeypatch):
 
 def test_command(published, tmp_path):
     arguments = [str(published), str(tmp_path / "out"), "--quantize", "nvfp4", "--components", "transformer"]
+    failed = CliRunner().invoke(app, [*arguments, "--steps", "3"])
+    assert failed.exit_code == 2
+    assert "goes with --prompts" in failed.output
     failed = CliRunner().invoke(app, [*arguments, "--quantize-text-encoder", "nvfp4"])
     assert failed.exit_code == 2
     assert "text_encoder='nvfp4'" in failed.output

@@ -41,6 +41,13 @@ def test_every_e4m3_byte():
     np.testing.assert_array_equal(np.signbit(xla.decode_e4m3(jnp.asarray(BYTES)))[[0, 0x80]], [False, True])
 
 
+@pytest.mark.parametrize("size", [1, 2, *formats.HADAMARD_BLOCKS])
+def test_sylvester_by_its_bits(size):
+    """The sign of an entry is the parity of the bits that row and column share."""
+    both = np.bitwise_and.outer(np.arange(size), np.arange(size))
+    np.testing.assert_array_equal(formats.sylvester(size), (-1.0) ** np.bitwise_count(both))
+
+
 def around(values):
     """Float32 values, and the float32 neighbours of each."""
     values = np.asarray(values, F32)

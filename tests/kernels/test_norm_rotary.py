@@ -89,7 +89,7 @@ def test_lowers_for_an_h100_in_place(shape):
     qkv = jax.ShapeDtypeStruct((shape.batch, shape.tokens, 3 * shape.heads, shape.head), jnp.bfloat16)
     norm = (jax.ShapeDtypeStruct((shape.head,), jnp.bfloat16),) * 2
     table = (jax.ShapeDtypeStruct((shape.tokens, shape.head), jnp.float32),) * 2 if shape.rotary else None
-    config = pallas_triton.heuristic(tokens=shape.tokens, heads=shape.heads, head=shape.head)
+    config = pallas_triton.heuristic(heads=shape.heads)
     run = functools.partial(pallas_triton._norm_rotary, epsilon=1e-6, config=config, interpret=False)
     text = lowered(run, qkv, norm, norm, table)
     assert "triton" in text

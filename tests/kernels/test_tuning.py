@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +69,12 @@ def test_every_committed_file_holds_configurations_of_its_kernels():
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
-    out = tmp_path / "new" / "tuned.json"
+    out = tmp_path / "a new folder" / "tuned.json"
     arguments = ["--tiny", "--operations", "nvfp4_cast", "--most", "1", "--run-ms", "0.1", "--out", str(out)]
     tune.main(arguments)
     record = json.loads(out.read_text())
     assert record["versions"]["jax"] == jax.__version__
-    assert record["command"] == "python -m pallas_kernels.tune " + " ".join(arguments)
+    assert shlex.split(record["command"]) == ["python", "-m", "pallas_kernels.tune", *arguments]
     cases = record["configurations"]["nvfp4_cast/pallas_triton"]
     assert cases.keys() == {tuning.case_key(**w.case("pallas_triton")) for w in CASTS}
     for case in cases.values():

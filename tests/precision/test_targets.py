@@ -129,7 +129,6 @@ def test_raw_thresholds_are_kept(synthetic):
     [
         ({}, "needs target_mean_bits"),
         ({"activations": "int3"}, "activations='int3' is not one of routed, nvfp4, int8, 16bit"),
-        ({"weights": "int4", "activations": "int8"}, "weights='int4'"),
         ({"target_mean_bits": 17}, "between 0 and 16"),
         ({"target_mean_bits": 6, "target_skip": 1.5}, "between 0 and 1"),
         ({"target_mean_bits": 6, "error_threshold": 0.1}, "target_mean_bits or error_threshold, not both"),
@@ -253,6 +252,9 @@ def test_a_device_without_fp4_takes_int8_and_skips_for_the_bits(synthetic, monke
     assert policy.router.choices == ("int8",)
     assert caplog.text.count("int8 costs no more") == 1
     assert spends(policy, synthetic).mean_bits == pytest.approx(6.5, abs=0.1)
+    assert not policy.router.observes
+    with pytest.raises(ArgumentError, match="leaves INT8 alone on this device"):
+        solve(dataclasses.replace(config, target_skip=0.3), synthetic, STEPS)
     monkeypatch.setattr(targets, "route_costs", lambda: {"nvfp4": 0.5, "int8": 1.0, "16bit": 2.0})
     policy = solve(dataclasses.replace(config, max_skips=1), synthetic, STEPS)
     assert isinstance(policy.router, CostAwareRouter)
