@@ -63,11 +63,10 @@ def pipelines(steps: int) -> Iterator[tuple[str, str | None, Pipeline]]:
     yield "text encoder in NVFP4", None, dataclasses.replace(plain, text_encoder=small)
     prompts = read_prompts(MINI_MODEL / "calibration_prompts.txt")
     seen = moments.gather(plain, prompts, num_inference_steps=steps)
-    nearest, rounded = (Split.of(quantize_model(plain.transformer.merge(), moments=each)) for each in (None, seen))
+    nearest, rounded = (plain.quantized(moments=each) for each in (None, seen))
     for name, config in (("W4A16", "w4a16"), ("W4A8", "int8"), ("W4A8, every second step reused", "int8-reuse")):
-        for how, transformer in (("", nearest), (", rounded for its inputs", rounded)):
-            stored = dataclasses.replace(plain, transformer=transformer)
-            yield name + how, name if how else None, stored.quantized(QuantizationConfig.named(config))
+        for how, pipe in (("", nearest), (", rounded for its inputs", rounded)):
+            yield name + how, name if how else None, pipe.quantized(QuantizationConfig.named(config))
 
 
 def rows(clips: int, steps: int) -> Iterator[Row]:

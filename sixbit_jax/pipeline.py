@@ -6,14 +6,14 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from convert.errors import CheckpointError
 from convert.published import locate
@@ -284,28 +284,39 @@ class Pipeline:
             pipe = pipe.quantized(quantization)
         return pipe._with_calibration(measured, required=required)
 
-    def quantized(self, quantization: QuantizationConfig | None = None) -> "Pipeline":
+    def quantized(
+        self,
+        quantization: QuantizationConfig | None = None,
+        *,
+        moments: Mapping[str, Float32[Array, "blocks groups size size"]] | None = None,
+    ) -> "Pipeline":
         """The pipeline with its block linears quantised, if they are not yet, and calls that run as configured.
 
         Args:
             quantization: None stores weights as a `QuantizationConfig` does by default, and runs the 16-bit route.
+            moments: of what the linears see, from `sixbit_jax.moments.gather`, to round the weights for it; None rounds
+                to the nearest.
 
         Raises:
-            ArgumentError: if the weights are stored quantised, and `quantization` says how to quantise them.
+            ArgumentError: if the weights are stored quantised, and `quantization` or `moments` says how to quantise
+                them.
             CheckpointError: if the format does not fit the model; or if `quantization` needs the pipeline's
                 calibration, and that is of other weights.
         """
         config = QuantizationConfig.named("w4a16") if quantization is None else quantization
         if self.is_quantized:
-            if config.hadamard is not None or config.four_over_six:
+            if config.hadamard is not None or config.four_over_six or moments is not None:
                 raise ArgumentError(
-                    "the weights are quantised already: hadamard and four_over_six are what they were stored with"
+                    "the weights are quantised already, with a hadamard, four_over_six and moments of their own"
                 )
             pipe = dataclasses.replace(self, quantization=config)
             return pipe._with_calibration(self.calibration, required=config.needs_calibration)
         try:
             model = quantize_model(
-                self.transformer.merge(), hadamard=config.hadamard, four_over_six=config.four_over_six
+                self.transformer.merge(),
+                hadamard=config.hadamard,
+                four_over_six=config.four_over_six,
+                moments=moments,
             )
         except ValueError as error:
             raise CheckpointError(f"the transformer cannot be quantised: {error}") from error

@@ -18,7 +18,7 @@ from sixbit_jax import Pipeline, cli
 from sixbit_jax.calibrate import calibrate, psnr, read_prompts, work
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
-from sixbit_jax.pipeline import video_keys
+from sixbit_jax.pipeline import prompt_list, video_keys
 from sixbit_jax.precision import DeltaSkipper, PrecisionPolicy, calibration, measuring
 from sixbit_jax.precision.calibration import Calibration, fit
 from sixbit_jax.precision.measuring import LOW_BIT, Measured
@@ -191,7 +191,6 @@ def test_bad_arguments(pipe, monkeypatch):
     monkeypatch.setattr(measuring, "sample", no_run)
     for prompts, options, message in (
         ([], {}, "prompts is an empty list"),
-        (["up", 3], {}, "prompts must be a string or a list of strings"),
         (["up"], {"points": -1}, "points=-1"),
         (["up"], {"num_inference_steps": 1}, "num_inference_steps=1 must be at least 2"),
         (["up"], {"cache_format": "int4"}, "cache_format='int4'"),
@@ -201,6 +200,8 @@ def test_bad_arguments(pipe, monkeypatch):
             calibrate(pipe, prompts, **options)
     with pytest.raises(AssertionError, match="measured"):
         calibrate(pipe, "up")
+    with pytest.raises(ArgumentError, match="prompts must be a string or a list of strings"):
+        prompt_list("prompts", ["up", 3])
 
 
 def test_the_first_prompt_that_overflows_is_named(pipe, monkeypatch):

@@ -24,6 +24,7 @@ from convert.errors import CheckpointError
 from convert.store import read_manifest
 from sixbit_jax import Pipeline, checkpoint, moments
 from sixbit_jax.config import TransformerConfig
+from sixbit_jax.errors import ArgumentError
 from sixbit_jax.pipeline import MINI_MODEL
 from sixbit_jax.qtensor import TEXT_ENCODER_RULES, QuantLinear, quantize_model
 
@@ -91,7 +92,10 @@ def test_rounded_for_what_prompts_show(tmp_path):
     )
     pipe = Pipeline.from_pretrained("mini")
     seen = moments.gather(pipe, prompts, num_inference_steps=steps)
-    wanted = quantize_model(pipe.transformer.merge(), moments=seen)
+    rounded = pipe.quantized(moments=seen)
+    wanted = rounded.transformer.merge()
+    with pytest.raises(ArgumentError, match="quantised already, with a hadamard, four_over_six and moments"):
+        rounded.quantized(moments=seen)
     found = checkpoint.load(out, dtype=jnp.bfloat16, components=["transformer"]).transformer
     jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(wanted))
     nearest = quantize_model(Pipeline.from_pretrained("mini").transformer.merge())
