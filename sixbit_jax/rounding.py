@@ -150,21 +150,24 @@ def _best_scale(
     inverse = reciprocal(tensor_scale)
     nearest = encode_e4m3_scale(jnp.minimum(jnp.abs(w).max(1) * inverse, MAX_CODE_UNITS) * (1 / E2M1_MAX))
 
-    def trial(step: jax.Array) -> tuple:
-        byte = jnp.clip(nearest.astype(jnp.int32) + step, 1, E4M3_NAN - 1).astype(jnp.uint8)
-        scale = decode_e4m3(byte)
-        columns, codes, losses = w, [], []
-        for j in range(BLOCK):
-            value = columns[:, j]
-            code = encode_e2m1_magnitude(jnp.minimum(jnp.abs(value) * inverse, MAX_CODE_UNITS), scale)
-            code = code | jnp.where(value < 0, 8, 0)
-            loss = (value - decode_e2m1(code) * scale * tensor_scale) / factor[j, j]
-            columns = columns - loss[:, None] * jnp.where(jnp.arange(BLOCK) > j, factor[j], 0.0)
-            codes.append(code.astype(jnp.uint8))
-            losses.append(loss)
-        return byte, jnp.stack(codes, 1), jnp.stack(losses, 1)
+    steps = jnp.arange(*SCALE_STEPS, dtype=jnp.int32)[:, None]
+    byte = jnp.clip(nearest.astype(jnp.int32) + steps, 1, E4M3_NAN - 1).astype(jnp.uint8)
+    scale = decode_e4m3(byte)
 
-    tried = jax.lax.map(trial, jnp.arange(*SCALE_STEPS, dtype=jnp.int32))
-    best = jnp.argmin((tried[2] ** 2).sum(2), axis=0)
-    byte, codes, losses = (jax.vmap(lambda values, i: values[i], (1, 0))(each, best) for each in tried)
+    def column(j: jax.Array, carry: tuple) -> tuple:
+        columns, codes, losses = carry
+        value = jax.lax.dynamic_index_in_dim(columns, j, axis=2, keepdims=False)
+        code = encode_e2m1_magnitude(jnp.minimum(jnp.abs(value) * inverse, MAX_CODE_UNITS), scale)
+        code = code | jnp.where(value < 0, 8, 0)
+        row = jax.lax.dynamic_index_in_dim(factor, j, keepdims=False)
+        loss = (value - decode_e2m1(code) * scale * tensor_scale) / row[j]
+        columns = columns - loss[..., None] * jnp.where(jnp.arange(BLOCK) > j, row, 0.0)
+        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=j, axis=2)
+        return columns, update(codes, code.astype(jnp.uint8)), update(losses, loss)
+
+    start = jnp.broadcast_to(w, (*byte.shape, BLOCK))
+    start = (start, jnp.zeros(start.shape, jnp.uint8), jnp.zeros(start.shape, jnp.float32))
+    _, codes, losses = jax.lax.fori_loop(0, BLOCK, column, start)
+    best = jnp.argmin((losses**2).sum(2), axis=0)
+    byte, codes, losses = (jax.vmap(lambda values, i: values[i], (1, 0))(each, best) for each in (byte, codes, losses))
     return byte, codes, losses
