@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks import fidelity_report, record
 from benchmarks.fidelity_policies import StudyRouter, StudySkipper
 from benchmarks.fidelity_rows import TAUS, Spec, all_rows, few_rows, formats
+from benchmarks.video import latent_shape
 from sixbit_jax import Pipeline, metrics
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
@@ -238,11 +239,8 @@ class Study:
         keys = video_keys([1000 * seed + i for i in range(clips)], clips)
         texts = [pipe.tokenize([scene.text for scene in scenes]), pipe.tokenize([""] * clips)]
         positive, negative = (encode_text(pipe.text_encoder, jnp.asarray(ids)) for ids in texts)
-        config = self.config
-        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        shape = (frames, config.in_channels, config.sample_height, config.sample_width)
         conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
-        return initial_latents(keys, shape), conditioning
+        return initial_latents(keys, latent_shape(self.config)), conditioning
 
     def schedule(self, steps: int) -> tuple[schedulers.Schedule, jax.Array]:
         schedule = schedulers.make_schedule(self.scheduler, steps)

@@ -12,7 +12,9 @@ from convert.components import MODELS, Component, abstract_state, checked_names,
 from convert.engine import Target, plan
 from convert.errors import CheckpointError, ConversionError, Problem
 from convert.readers import LazyTensor, open_weights, read_json, refuse_links_outside
+from convert.store import MANIFEST
 from sixbit_jax.config import SchedulerConfig
+from sixbit_jax.precision.calibration import FILE_NAME
 
 PIPELINES = ("CogVideoXPipeline",)
 
@@ -53,10 +55,6 @@ class Published:
     tokenizer: Path | None
 
 
-OURS = ("sixbit.json", "calibration.safetensors")
-"""Files of a checkpoint that `sixbit convert` wrote, beside the folders of its models."""
-
-
 def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = None) -> Path:
     """The local folder of `source`; a hub id `org/name` that is no local path is downloaded, without unused files.
 
@@ -70,7 +68,7 @@ def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = 
         raise CheckpointError(f"{path}: is a file, where a checkpoint folder is needed")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise CheckpointError(f"{path}: no such folder, and not a hub id of the form org/name")
-    patterns = ["model_index.json", *OURS]
+    patterns = ["model_index.json", MANIFEST, FILE_NAME]
     for name in checked_names(components):
         if name in MODELS:
             stem = f"{name}/{MODELS[name].stem}"
