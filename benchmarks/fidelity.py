@@ -33,7 +33,7 @@ from benchmarks.video import latent_shape
 from sixbit_jax import Pipeline, metrics
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
-from sixbit_jax.pipeline import MINI_MODEL, decode_latents, encode_text, initial_latents, video_keys
+from sixbit_jax.pipeline import MINI_MODEL, decode_latents, encode_text
 from sixbit_jax.precision import (
     ConstantRouter,
     NeverSkip,
@@ -47,6 +47,7 @@ from sixbit_jax.precision.routers import INT8, NVFP4, TableRouter
 from sixbit_jax.precision.targets import resampled, simulated_bits
 from sixbit_jax.qtensor import ROUTES, quantize_model
 from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling.noise import initial_latents, video_keys
 from sixbit_jax.trace_plot import save_trace
 from sixbit_jax.training import classifier
 from sixbit_jax.training.data import Phrase, held_out_scenes, training_phrases

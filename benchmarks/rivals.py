@@ -52,7 +52,8 @@ class Rival:
     """One way to run a model.
 
     Attributes:
-        compiled: or eager.
+        compiled: or eager. With a cache block by block, since which of them run is decided, and counted, between them;
+            with torchao's linears too, since tuning them in a graph of all blocks takes more than ten minutes.
         cudnn: attention by cuDNN, or as torch chooses.
         linears: of the blocks: "bf16", or through torchao "int8" or "fp8", activations included.
         cache: "", of diffusers "first block" (FirstBlockCache) or "attention" (PyramidAttentionBroadcast, every second
@@ -219,7 +220,7 @@ def measure(model: str, rival: Rival, device: str, calls: int, mode: str) -> Row
     cycle = [first, second, second] if rival.cache else [first]
     called = enable_cache(transformer, rival.cache) if rival.cache else collections.Counter()
     forward, compiler = transformer, {"mode": mode, "fullgraph": True}
-    if rival.compiled and rival.cache:  # block by block: which of them run is decided, and counted, between them
+    if rival.compiled and (rival.cache or rival.linears != "bf16"):
         for block in transformer.transformer_blocks:
             block.forward = torch.compile(block.forward, **compiler)
     elif rival.compiled:

@@ -1,12 +1,11 @@
 """Text to video: tokenizer and T5, the compiled sampling loop, and the VAE, behind one call."""
 
-import contextlib
 import dataclasses
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,8 @@ from sixbit_jax.precision.calibration import Calibration
 from sixbit_jax.precision.targets import QuantizationConfig, solve
 from sixbit_jax.qtensor import QuantLinear, quantize_model
 from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling.noise import initial_latents, seed_list, video_keys
+from sixbit_jax.timing import compilation_clock, stage
 
 logger = logging.getLogger(__name__)
 MINI_MODEL = Path(__file__).parent / "assets" / "moving_mnist"
@@ -59,27 +60,6 @@ class PipelineOutput:
     trace: sampler.Trace
     timings: dict[str, float]
     summary: Summary | None = None
-
-
-class _CompilationClock:
-    """Counts the seconds that this process spends tracing, lowering and compiling, each second once."""
-
-    def __init__(self) -> None:
-        self._spans: list[tuple[float, float]] = []
-        jax.monitoring.register_event_time_span_listener(self._listen)
-
-    def _listen(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            while self._spans and self._spans[-1][0] >= start_time:  # a function traced while tracing this one
-                self._spans.pop()
-            self._spans.append((start_time, end_time))
-
-    def seconds_since(self, moment: float) -> float:
-        """Seconds spent in compilations that began after `moment`, a time of `time.time`."""
-        return sum(end - start for start, end in self._spans if start >= moment)
-
-
-_compilation_clock = _CompilationClock()
 
 
 @jax.jit
@@ -111,54 +91,6 @@ def decode_latents(
     z = (latents / model.config.scaling_factor).transpose(0, 1, 3, 4, 2)
     video = model.decode(z, tiled=tiled).astype(jnp.float32)
     return jnp.round(jnp.clip(video / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-
-@jax.jit(static_argnames="shape")
-def initial_latents(
-    keys: jax.Array, shape: tuple[int, int, int, int]
-) -> Float[Array, "batch frames channels height width"]:
-    """Standard normal starting noise, float32.
-
-    Args:
-        keys: one a video, from `video_keys`.
-        shape: of one video's latents, [frames, channels, height, width].
-    """
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-def video_keys(seed: int | np.integer | Sequence[int], batch: int) -> jax.Array:
-    """One key a video: of its own seed, or of one seed and its position in the batch.
-
-    A list with one seed gives that seed's first video, so a video of a batch can be made again alone.
-
-    Args:
-        seed: one for all videos, or a sequence with one for each.
-        batch: number of videos.
-
-    Returns:
-        Typed keys [batch].
-
-    Raises:
-        ArgumentError: if several seeds are given and their number is not `batch`, or one is not in 0..2^32 - 1.
-    """
-    seeds = _seed_list(seed, batch)
-    positions = np.arange(batch) if isinstance(seed, int | np.integer) else np.zeros(batch)
-    return _keys(np.asarray(seeds, np.uint32), positions.astype(np.uint32))
-
-
-@jax.jit
-def _keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
-    return jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
-
-
-def _seed_list(seed: int | np.integer | Sequence[int], batch: int) -> list[int]:
-    seeds = [seed] * batch if isinstance(seed, int | np.integer) else list(seed)
-    if len(seeds) != batch:
-        raise ArgumentError(f"seed: got {len(seeds)} seeds for {batch} videos; give one seed, or one for each video")
-    for value in seeds:
-        if not isinstance(value, int | np.integer) or not 0 <= value < 2**32:
-            raise ArgumentError(f"seed={value!r} must be an integer between 0 and 2^32 - 1")
-    return [int(value) for value in seeds]
 
 
 def prompt_list(name: str, prompt: Any) -> list[str]:
@@ -554,7 +486,7 @@ class Pipeline:
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=guidance_scale > 1
         )
         batch = len(texts[0])
-        _seed_list(seed, batch)
+        seed_list(seed, batch)
         if latents is not None and tuple(latents.shape) != (batch, *shape):
             raise ArgumentError(f"latents must be {[batch, *shape]} for this call, not {list(latents.shape)}")
         schedule = schedulers.make_schedule(self.scheduler, num_inference_steps)
@@ -563,9 +495,9 @@ class Pipeline:
 
         timings: dict[str, float] = {}
         start = time.time()
-        with _stage(timings, "text_encoder"):
+        with stage(timings, "text_encoder"):
             positive, negative = jax.block_until_ready([None if text is None else self.encode(text) for text in texts])
-        with _stage(timings, "sampling"):
+        with stage(timings, "sampling"):
             inputs = self.sampler_inputs(
                 positive,
                 negative,
@@ -585,9 +517,9 @@ class Pipeline:
 
         frames = None
         if output_type == "np":
-            with _stage(timings, "vae"):
+            with stage(timings, "vae"):
                 frames = self.decode(latents, num_frames)
-        timings["compilation"] = _compilation_clock.seconds_since(start)
+        timings["compilation"] = compilation_clock.seconds_since(start)
         summary = None
         if trace.precision is not None:
             summary = accounting.summary(trace.precision.bits, accounting.site_weights(self.transformer.merge().config))
@@ -676,13 +608,6 @@ class Pipeline:
                 for i in range(latents.shape[0])
             ]
         )
-
-
-@contextlib.contextmanager
-def _stage(timings: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timings[name] = time.perf_counter() - start
 
 
 def _raise_if_not_finite(trace: sampler.Trace) -> None:

@@ -18,12 +18,13 @@ from sixbit_jax import Pipeline, cli
 from sixbit_jax.calibrate import calibrate, psnr, read_prompts, work
 from sixbit_jax.errors import ArgumentError
 from sixbit_jax.models.linears import SITES
-from sixbit_jax.pipeline import prompt_list, video_keys
+from sixbit_jax.pipeline import prompt_list
 from sixbit_jax.precision import DeltaSkipper, PrecisionPolicy, calibration, measuring
 from sixbit_jax.precision.calibration import Calibration, fit
 from sixbit_jax.precision.measuring import LOW_BIT, Measured
 from sixbit_jax.precision.targets import QuantizationConfig
 from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling.noise import video_keys
 
 STEPS = 6
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -20,8 +20,9 @@ from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.models.t5 import T5EncoderModel
 from sixbit_jax.models.vae import AutoencoderKLCogVideoX
-from sixbit_jax.pipeline import MINI_MODEL, decode_latents, encode_text, initial_latents, video_keys
+from sixbit_jax.pipeline import MINI_MODEL, decode_latents, encode_text
 from sixbit_jax.sampling import sampler, schedulers
+from sixbit_jax.sampling.noise import initial_latents, video_keys
 from sixbit_jax.training.tokenizer import build_tokenizer
 
 STEPS = 3

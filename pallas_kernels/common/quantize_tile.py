@@ -49,7 +49,7 @@ ROTATION_BOUND = 2.0**-20
 products, which is at most 2^-22 of their 1-norm; there are up to eight of those, up to seven sums in float32, and a
 rounded product. A 1-norm over sqrt(128) is no more than the 2-norm."""
 
-_ROUNDER = 1.5 * 2.0**23
+ROUNDER = 1.5 * 2.0**23
 """Adding it to a float32 of magnitude under 2^22 rounds that to an integer, half to even, in the low bits."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGEST_BITS = 0x7F7FFFFF
@@ -433,7 +433,7 @@ def encode_nvfp4(
             for values, code in zip(magnitudes, codes, strict=True):
                 error = jnp.abs(values - decode_e2m1(code) * spread(decoded)) * spread(fixed_point)
                 # The minimum is below every magnitude that the constant does not round.
-                steps = jax.lax.bitcast_convert_type(jnp.minimum(error, 2.0**13) + _ROUNDER, jnp.int32) & 0x3FFF
+                steps = jax.lax.bitcast_convert_type(jnp.minimum(error, 2.0**13) + ROUNDER, jnp.int32) & 0x3FFF
                 total += steps * steps
             return total.reshape(*amax.shape, -1).sum(-1)
 
@@ -459,7 +459,7 @@ def e4m3_scale(wanted: Float32[Array, "*n"]) -> tuple[UInt8[Array, "*n"], Float3
     wanted = jnp.minimum(jnp.maximum(wanted, E4M3_MIN), E4M3_MAX)
     bits = jax.lax.bitcast_convert_type(wanted, jnp.int32)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    subnormal = jax.lax.bitcast_convert_type(wanted * (1 / E4M3_MIN) + _ROUNDER, jnp.int32) & 0xF
+    subnormal = jax.lax.bitcast_convert_type(wanted * (1 / E4M3_MIN) + ROUNDER, jnp.int32) & 0xF
     scales = jnp.where(wanted < 2.0**-6, subnormal, normal).astype(jnp.uint8)
     return scales, decode_e4m3(scales)
 
@@ -478,7 +478,7 @@ def encode_int8(
         return jnp.clip(codes, -INT8_MAX, INT8_MAX).astype(jnp.int8)
     steps = [".reg .b32 t<4>;"]
     for i in range(4):
-        # .rn keeps the product from being fused with the sum, of `_ROUNDER`.
+        # .rn keeps the product from being fused with the sum, of `ROUNDER`.
         steps.append(f"mul.rn.f32 t{i}, ${1 + i}, ${5 + i}; add.rn.f32 t{i}, t{i}, 0f4B400000;")
     steps.append(_FOUR_BYTES)
     arguments = [values, jnp.broadcast_to(inverse_scale, values.shape)]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.common import device
 from pallas_kernels.common.epilogue import Epilogue, finish, select_gate, tanh_by_exp2
 from pallas_kernels.common.formats import CarriedArray, Int8Array
+from pallas_kernels.common.shared_memory import swizzled
 from pallas_kernels.common.tuning import configured
 from pallas_kernels.scaled_matmul.case import case
 
@@ -262,9 +263,9 @@ class _Plan:
         config = self.config
         arrivals = {"num_arrivals": WARPGROUPS, "num_barriers": self.stages}
         scratch = {
-            "a_smem": _swizzled((self.stages, WARPGROUPS, self.share_m, self.step), self.dtype),
-            "b_smem": _swizzled((self.stages, config.tile_n, self.step), self.dtype),
-            "out_smem": _swizzled((WARPGROUPS, self.slots, self.share_m, config.store_n), self.out_dtype),
+            "a_smem": swizzled((self.stages, WARPGROUPS, self.share_m, self.step), self.dtype),
+            "b_smem": swizzled((self.stages, config.tile_n, self.step), self.dtype),
+            "out_smem": swizzled((WARPGROUPS, self.slots, self.share_m, config.store_n), self.out_dtype),
             "loaded": plgpu.Barrier(num_arrivals=WARPGROUPS + 1, num_barriers=self.stages),
             "multiplied": plgpu.Barrier(**arrivals)
             if config.cluster == 1
@@ -279,13 +280,6 @@ class _Plan:
         if self.epilogue.residual:
             scratch["residual_loaded"] = plgpu.Barrier(num_barriers=WARPGROUPS * self.slots)
         return scratch
-
-
-def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype):
-    """Shared memory as TMA writes and wgmma reads it, with the widest swizzle that a row allows."""
-    swizzle = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
-    transforms = (plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _kernel(*refs, plan: _Plan, names: tuple[str, ...], **smem) -> None:

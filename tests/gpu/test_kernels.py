@@ -134,7 +134,7 @@ def exact_rows(rows, size, dtype="bfloat16"):
 
 
 @each_target
-@pytest.mark.parametrize(("rows", "size"), [(67, 1920), (131, 3072), (35, 12288), (7, 192), (3, 96)])
+@pytest.mark.parametrize(("rows", "size"), [(67, 1920), (136, 3072), (34, 12288), (7, 192), (3, 96)])
 @pytest.mark.parametrize("implementation", ROTATIONS)
 def test_rotate_quantize_is_the_reference(implementation, rows, size, target):
     """Up to XLA's own division, see the cast; an exact rotation leaves everything else to the bit."""
@@ -156,9 +156,10 @@ def test_rotate_quantize_is_the_reference(implementation, rows, size, target):
 @pytest.mark.parametrize("implementation", ROTATIONS)
 def test_a_carrier_is_the_cast_of_the_packed_array(implementation, carrier):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((67, 3072)), jnp.bfloat16)
-    options = {"format": "nvfp4", "scale_dims": 1, "implementation": implementation}
-    array, _ = rotate_quantize(x, **options)
-    carried, _ = rotate_quantize(x, **options, carrier=carrier)
+    options = {"format": "nvfp4", "scale_dims": 1}
+    skip_if_refused(ROTATIONS, implementation, x, **options, hadamard=128)
+    array, _ = rotate_quantize(x, **options, implementation=implementation)
+    carried, _ = rotate_quantize(x, **options, carrier=carrier, implementation=implementation)
     assert same_bits(carried, cast(array, to=carrier))
 
 

@@ -10,6 +10,7 @@ from h100 import lowered
 from pallas_kernels.adaln_quantize import pallas_triton as adaln
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.quantize_tile import Instructions
+from pallas_kernels.rotate_quantize import pallas_mosaic_gpu as mosaic_rotation
 from pallas_kernels.rotate_quantize import pallas_triton as rotation
 from pallas_kernels.rotate_quantize.pallas_triton import Output
 
@@ -40,6 +41,12 @@ def test_rotate_quantize(capability, target):
     )
     text = lowered(call, jax.ShapeDtypeStruct((35_552, 1920), jnp.bfloat16))
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("size", [1920, 3072, 12288])
+def test_rotate_quantize_by_mosaic(size):
+    call = functools.partial(mosaic_rotation.rotate_quantize, format="int8", hadamard=128)
+    assert lowered(call, jax.ShapeDtypeStruct((35_552, size), jnp.bfloat16)).count("@mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

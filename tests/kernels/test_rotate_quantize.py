@@ -17,10 +17,11 @@ from pallas_kernels.common import reference as codecs
 from pallas_kernels.common import xla as xla_codecs
 from pallas_kernels.common.formats import NVFP4Array, hadamard_block
 from pallas_kernels.rotate_quantize import reference, rotate_quantize, shapes
-from pallas_kernels.rotate_quantize.api import IMPLEMENTATIONS
 
 F32 = np.float32
 ROWS, SIZE = 7, 384
+WIDE = ((24, 1920), (4, 12288))
+"""Whose interpretation takes longest."""
 OPTIONS = {
     "int8": {"format": "int8"},
     "nvfp4": {"format": "nvfp4"},
@@ -31,9 +32,9 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["pallas_triton", "xla"])
 def implementation(request):
-    """Each of them; Pallas kernels are interpreted."""
+    """Each that does all of the operation; Pallas kernels are interpreted."""
     with contextlib.nullcontext() if request.param == "xla" else device.interpret():
         yield functools.partial(rotate_quantize, implementation=request.param)
 
@@ -117,6 +118,51 @@ def test_every_shape(implementation, shape, options):
     found, _ = implementation(jnp.asarray(x), **options)
     assert found.hadamard >= 32
     check(found, x, found.hadamard, options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [(8, 384), (104, 256), (8, 3328), *(pytest.param(*x, marks=pytest.mark.slow) for x in WIDE)]
+)
+def test_mosaic_equals_the_reference_in_every_byte(rows, size):
+    """Of a few blocks, with padding, and in two and four parts; more tiles than two cores have warpgroups."""
+    options = {"format": "int8", "hadamard": 128}
+    cases = inputs("bfloat16", (rows, size))
+    with device.interpret():
+        found = {
+            name: rotate_quantize(jnp.asarray(x), **options, implementation="pallas_mosaic_gpu")
+            for name, x in cases.items()
+            if rows == 8 or name in ("normal", "nan and inf", "rows of every size")
+        }
+    for name, (array, statistics) in found.items():
+        wanted, wanted_statistics = reference.rotate_quantize(cases[name], **options)
+        check(array, cases[name], 128, {"format": "int8"})
+        check_statistics(statistics, wanted_statistics, size)
+        assert np.isnan(array.scale).sum() == np.isnan(wanted.scale).sum()
+
+
+def test_mosaic_takes_batch_axes_and_vmap():
+    x = jnp.asarray(inputs("bfloat16", (48, 256))["normal"])
+    call = functools.partial(rotate_quantize, format="int8", implementation="pallas_mosaic_gpu")
+    with device.interpret():
+        wanted = call(x)
+        for found in (call(x.reshape(2, 3, 8, 256)), jax.vmap(call)(x.reshape(3, 16, 256))):
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_array_equal(a.reshape(b.shape), b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "message"),
+    [
+        ((8, 256), "bfloat16", {"format": "nvfp4"}, "nvfp4 of bfloat16"),
+        ((8, 256), "float32", {"format": "int8"}, "int8 of float32"),
+        ((8, 256), "bfloat16", {"format": "int8", "hadamard": 64}, "by 64"),
+        ((9, 256), "bfloat16", {"format": "int8"}, "do not divide 9"),
+        ((8, 128 * 29), "bfloat16", {"format": "int8"}, "equal parts of at most 24 blocks"),
+    ],
+)
+def test_mosaic_refuses(shape, dtype, options, message):
+    with device.interpret(), pytest.raises(NotImplementedError, match=message):
+        rotate_quantize(jnp.zeros(shape, dtype), **options, implementation="pallas_mosaic_gpu")
 
 
 def test_every_full_size_operand_takes_blocks_of_128():
@@ -327,7 +373,11 @@ def test_roundings_other_than_half_to_even_are_seen():
     ("shape", "options", "message"),
     [
         ((2, 128), {"format": "fp8"}, "unknown format 'fp8'; formats are nvfp4, int8"),
-        ((2, 128), {"format": "nvfp4", "implementation": "cuda"}, "'cuda'; this version offers pallas_triton, xla"),
+        (
+            (2, 128),
+            {"format": "nvfp4", "implementation": "cuda"},
+            "'cuda'; this version offers pallas_mosaic_gpu, pallas_triton, xla",
+        ),
         ((2, 48), {"format": "nvfp4"}, r"\(128, 64, 32\) divides a contracting axis of 48"),
         ((2, 40), {"format": "nvfp4", "hadamard": 0}, "16 do not divide a contracting axis of 40"),
         ((2, 192), {"format": "int8", "hadamard": 128}, "128 does not divide a contracting axis of 192"),
