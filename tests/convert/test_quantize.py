@@ -33,7 +33,7 @@ ALL = {"transformer": "nvfp4", "text_encoder": "nvfp4"}
 
 
 CONFIGS = {
-    "transformer": dataclasses.replace(published_folder.TRANSFORMER, time_embed_dim=32),
+    "transformer": dataclasses.replace(published_folder.TRANSFORMER, time_embed_dim=32, text_embed_dim=32),
     "text_encoder": dataclasses.replace(published_folder.T5, d_model=32, d_kv=16, d_ff=64),
     "vae": published_folder.VAE,
 }
@@ -43,7 +43,8 @@ CONFIGS = {
 def published(tmp_path_factory):
     """A folder whose sizes blocks of 32 divide."""
     folder = tmp_path_factory.mktemp("published") / "model"
-    return checkpoint.write_diffusers(folder, **published_folder.modules(**CONFIGS))
+    rest = {"tokenizer": published_folder.build_tokenizer(), "scheduler": published_folder.SCHEDULER}
+    return checkpoint.write_diffusers(folder, **published_folder.modules(**CONFIGS), **rest)
 
 
 def converted_transformer(published, tmp_path):
@@ -78,11 +79,11 @@ def test_bytes_at_rest(published, tmp_path):
     assert entry["bytes"] == sum(np.dtype(a["dtype"]).itemsize * int(np.prod(a["shape"])) for a in arrays.values())
 
 
-def test_rounded_for_what_prompts_show(tmp_path):
+def test_rounded_for_what_prompts_show(published, tmp_path):
     """The bytes of quantising the loaded model with the moments of the same prompts."""
-    prompts, steps = ["a red 3 moves left fast", "a blue 7 moves up slowly"], 1
+    prompts, steps = ["a red 3 moves left fast", "a blue 7 moves up slowly"], 3
     out = convert(
-        MINI_MODEL,
+        published,
         tmp_path / "out",
         dtype="bfloat16",
         quantize={"transformer": "nvfp4"},
@@ -90,7 +91,7 @@ def test_rounded_for_what_prompts_show(tmp_path):
         num_inference_steps=steps,
         progress=False,
     )
-    pipe = Pipeline.from_pretrained("mini")
+    pipe = Pipeline.from_pretrained(published)
     seen = moments.gather(pipe, prompts, num_inference_steps=steps)
     rounded = pipe.quantized(moments=seen)
     wanted = rounded.transformer.merge()
@@ -98,7 +99,7 @@ def test_rounded_for_what_prompts_show(tmp_path):
         rounded.quantized(moments=seen)
     found = checkpoint.load(out, dtype=jnp.bfloat16, components=["transformer"]).transformer
     jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(wanted))
-    nearest = quantize_model(Pipeline.from_pretrained("mini").transformer.merge())
+    nearest = quantize_model(Pipeline.from_pretrained(published).transformer.merge())
     assert (found.blocks.ff_in.codes[...] != nearest.blocks.ff_in.codes[...]).any()
     entry = read_manifest(out)["components"]["transformer"]["quantized"]
     assert (entry["prompts"], entry["num_inference_steps"]) == (prompts, steps)
@@ -139,7 +140,8 @@ def test_what_is_there_needs_no_prompts_run_again(tmp_path, monkeypatch):
     assert checkpoint.load(out, components=["transformer"]).transformer is not None
 
 
-def test_what_cannot_be_quantised(published, tmp_path):
+def test_what_cannot_be_quantised(tmp_path):
+    no_scheduler = checkpoint.write_diffusers(tmp_path / "model", **published_folder.modules(**CONFIGS))
     for options, message in (
         ({"quantize": {"vae": "nvfp4"}}, "vae can't be quantised; transformer, text_encoder can"),
         ({"quantize": {"transformer": "int4"}}, "transformer='int4'; the format is 'nvfp4'"),
@@ -150,8 +152,8 @@ def test_what_cannot_be_quantised(published, tmp_path):
         ({"prompts": ["a"], "quantize": {"transformer": "nvfp4"}}, "a pipeline needs a transformer and a scheduler"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            convert(published, tmp_path / "out", progress=False, **options)
-    assert not list(tmp_path.iterdir())
+            convert(no_scheduler, tmp_path / "out", progress=False, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
