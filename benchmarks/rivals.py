@@ -53,7 +53,7 @@ class Rival:
 
     Attributes:
         compiled: or eager. With a cache block by block, since which of them run is decided, and counted, between them;
-            with torchao's linears too, since tuning them in a graph of all blocks takes more than ten minutes.
+            with torchao's linears too, which torch tunes for minutes even so.
         cudnn: attention by cuDNN, or as torch chooses.
         linears: of the blocks: "bf16", or through torchao "int8" or "fp8", activations included.
         cache: "", of diffusers "first block" (FirstBlockCache) or "attention" (PyramidAttentionBroadcast, every second
