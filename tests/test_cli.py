@@ -255,21 +255,21 @@ def test_convert_is_the_converters_own_command(model, tmp_path):
 def test_progress_cache_and_interrupt_of_the_real_command(model, tmp_path):
     """Three runs of one program: compiled, then from the cache (its loop still reports), then stopped in its middle."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    size = ["--height", 32, "--width", 32, "--steps", 400, "--dtype", "float32"]
+    size = ["--height", 32, "--width", 32, "--steps", 150, "--dtype", "float32"]
     arguments = ["generate", "--model", model, "--prompt", "up", "--out", tmp_path / "a.mp4", *size]
     cached = {}
     for run_number in range(2):
         code, shown, _ = on_a_terminal(arguments, environment)
         assert code == 0, shown
         assert "PyTorch" not in shown
-        assert "| 400/400 " in shown
-        assert any(f"| {n}/400 " in shown for n in range(1, 399))  # not only the first and the last
+        assert "| 150/150 " in shown
+        assert any(f"| {n}/150 " in shown for n in range(1, 149))  # not only the first and the last
         files = {p.name for p in (tmp_path / "cache" / "sixbit_jax" / "xla").iterdir()}
         cached[run_number] = {name for name in files if name.startswith(("jit_sample-", "jit_decode_latents-"))}
     assert {"jit_sample", "jit_decode_latents"} <= {name.rsplit("-", 2)[0] for name in cached[0]}
     assert cached[0] == cached[1]
     (tmp_path / "a.mp4").unlink()
-    code, shown, seconds = on_a_terminal(arguments, environment, interrupt_at=r"\| [1-9]\d*/400")
+    code, shown, seconds = on_a_terminal(arguments, environment, interrupt_at=r"\| [1-9]\d*/150")
     assert code == 130
     assert shown.endswith("interrupted\r\n")
     assert "Traceback" not in shown

@@ -25,7 +25,6 @@ from convert.store import read_manifest
 from sixbit_jax import Pipeline, checkpoint, moments
 from sixbit_jax.config import TransformerConfig
 from sixbit_jax.errors import ArgumentError
-from sixbit_jax.pipeline import MINI_MODEL
 from sixbit_jax.qtensor import TEXT_ENCODER_RULES, QuantLinear, quantize_model
 
 LARGE = TransformerConfig(num_attention_heads=16, num_layers=8, text_embed_dim=64)
@@ -52,7 +51,7 @@ def converted_transformer(published, tmp_path):
     return convert(published, tmp_path / "out", **options)
 
 
-@pytest.mark.parametrize("four_over_six", [False, True])
+@pytest.mark.parametrize("four_over_six", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_same_bytes_as_quantising_the_loaded_model(published, tmp_path, four_over_six):
     options = {"hadamard": 32, "four_over_six": four_over_six}
     out = convert(published, tmp_path / "out", quantize=ALL, progress=False, **options)
@@ -105,7 +104,7 @@ def test_rounded_for_what_prompts_show(published, tmp_path):
     assert (entry["prompts"], entry["num_inference_steps"]) == (prompts, steps)
 
 
-def test_what_is_there_needs_no_prompts_run_again(tmp_path, monkeypatch):
+def test_what_is_there_needs_no_prompts_run_again(published, tmp_path, monkeypatch):
     """A process that is killed past the transformer leaves what another need not sample for."""
     arguments = {"quantize": {"transformer": "nvfp4"}, "prompts": ["up"], "num_inference_steps": 1, "progress": False}
     runs = []
@@ -119,7 +118,7 @@ def test_what_is_there_needs_no_prompts_run_again(tmp_path, monkeypatch):
     with monkeypatch.context() as dying:
         dying.setattr(command, "write_manifest", killed)
         with pytest.raises(OSError, match="killed"):
-            convert(MINI_MODEL, tmp_path / "out", **arguments)
+            convert(published, tmp_path / "out", **arguments)
     assert len(runs) == 1
     beside = []
 
@@ -135,7 +134,7 @@ def test_what_is_there_needs_no_prompts_run_again(tmp_path, monkeypatch):
                 store.check_space(destination, 2 * needed, work)
 
     monkeypatch.setattr(command, "check_space", space)
-    out = convert(MINI_MODEL, tmp_path / "out", **arguments)
+    out = convert(published, tmp_path / "out", **arguments)
     assert len(runs) == 1
     assert checkpoint.load(out, components=["transformer"]).transformer is not None
 

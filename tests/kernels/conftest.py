@@ -1,11 +1,11 @@
-"""Interpreted kernels take seconds a case: `make test` runs every sixteenth of their cases, `make test-slow` all."""
+"""Interpreted kernels take seconds a case: `make test` runs one in 32 of their cases, `make test-slow` all."""
 
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-EVERY = 16
+EVERY = 32
 
 
 def pytest_collection_modifyitems(items):

@@ -20,6 +20,7 @@ def test_null_policy_is_the_plain_sampler_bit_for_bit():
         assert (trace.precision.bits == 16).all()
 
 
+@pytest.mark.slow
 def test_null_policy_in_bfloat16():
     plain = make(False, jnp.bfloat16)
     found, _ = sampler.sample(plain, *arguments(2), policy=PrecisionPolicy())
