@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from policies import arguments, delta_skipper, make
 
 from sixbit_jax.precision import ConstantRouter, NeverSkip, PrecisionPolicy
