@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common import device
+from pallas_kernels.common.shared_memory import swizzled
 
 Operand = jax.Array | jax.ShapeDtypeStruct
 REGISTERS = {2: (232, 40), 3: (160, 32)}
@@ -154,9 +155,9 @@ def _attention(
         functools.partial(_kernel, attend=attend, config=config, first=first, steps=steps, stages=stages),
         out_type=jax.ShapeDtypeStruct((batch, tokens, heads, head), query.dtype),
         scratch_types={
-            "tile": _swizzled((config.warpgroups, config.rows, head), query.dtype),
-            "keys": _swizzled((stages, config.keys, head), query.dtype),
-            "values": _swizzled((stages, config.keys, head), query.dtype),
+            "tile": swizzled((config.warpgroups, config.rows, head), query.dtype),
+            "keys": swizzled((stages, config.keys, head), query.dtype),
+            "values": swizzled((stages, config.keys, head), query.dtype),
             "queries_loaded": plgpu.Barrier(num_barriers=config.warpgroups),
             "keys_loaded": plgpu.Barrier(num_barriers=stages),
             "values_loaded": plgpu.Barrier(num_barriers=stages),
@@ -170,10 +171,6 @@ def _attention(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(query, key, value)
-
-
-def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype):
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def _kernel(

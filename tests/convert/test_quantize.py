@@ -51,7 +51,7 @@ def converted_transformer(published, tmp_path):
     return convert(published, tmp_path / "out", **options)
 
 
-@pytest.mark.parametrize("four_over_six", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("four_over_six", [False, True])
 def test_same_bytes_as_quantising_the_loaded_model(published, tmp_path, four_over_six):
     options = {"hadamard": 32, "four_over_six": four_over_six}
     out = convert(published, tmp_path / "out", quantize=ALL, progress=False, **options)

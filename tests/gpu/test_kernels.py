@@ -134,7 +134,9 @@ def exact_rows(rows, size, dtype="bfloat16"):
 
 
 @each_target
-@pytest.mark.parametrize(("rows", "size"), [(67, 1920), (136, 3072), (34, 12288), (7, 192), (3, 96)])
+@pytest.mark.parametrize(
+    ("rows", "size"), [(67, 1920), (131, 3072), (136, 3072), (35, 12288), (34, 12288), (7, 192), (3, 96)]
+)
 @pytest.mark.parametrize("implementation", ROTATIONS)
 def test_rotate_quantize_is_the_reference(implementation, rows, size, target):
     """Up to XLA's own division, see the cast; an exact rotation leaves everything else to the bit."""

@@ -127,7 +127,7 @@ def test_whole_steps_need_one_delta(quantized):
     assert (bits[[0, 7]] == 8).all()
 
 
-@pytest.mark.parametrize("name", [pytest.param("volatility", marks=pytest.mark.slow), "sixbit"])
+@pytest.mark.parametrize("name", ["volatility", "sixbit"])
 def test_a_video_does_not_depend_on_its_neighbours(quantized, name):
     policy = POLICIES[name]
     schedule, scale, latents, conditioning = arguments(3)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from policies import arguments, delta_skipper, make
 
 from sixbit_jax.precision import ConstantRouter, NeverSkip, PrecisionPolicy
@@ -21,7 +20,6 @@ def test_null_policy_is_the_plain_sampler_bit_for_bit():
         assert (trace.precision.bits == 16).all()
 
 
-@pytest.mark.slow
 def test_null_policy_in_bfloat16():
     plain = make(False, jnp.bfloat16)
     found, _ = sampler.sample(plain, *arguments(2), policy=PrecisionPolicy())

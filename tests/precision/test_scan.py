@@ -88,9 +88,7 @@ def by_hand(split, policy, x):
     return x, taken
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "all of it" else pytest.mark.slow) for name in POLICIES]
-)
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_scan_is_the_loop_by_hand(model, name):
     """A batch decided sample by sample, and a vmap over samples, both under jit."""
     policy, x = POLICIES[name], foreign.noise(2)
