@@ -50,8 +50,8 @@ from sixbit_jax.sampling import sampler, schedulers
 from sixbit_jax.sampling.noise import initial_latents, video_keys
 from sixbit_jax.trace_plot import save_trace
 from sixbit_jax.training import classifier
-from sixbit_jax.training.data import Phrase, held_out_scenes, training_phrases
-from sixbit_jax.training.evaluate import judge
+from sixbit_jax.training.data import Phrase, caption_text, held_out_captions, training_phrases
+from sixbit_jax.training.evaluate import by_digit, judge
 
 GUIDANCE = 6.0
 SOLVERS = {"DDIM": "CogVideoXDDIMScheduler", "DPM": "CogVideoXDPMScheduler"}
@@ -195,13 +195,11 @@ class Study:
         for name, options in {"quantised": {}, "no Hadamard": {"hadamard": 0}, "4/6": {"four_over_six": True}}.items():
             if name == "quantised" or not settings.tiny:
                 self.models[name] = Split.of(quantize_model(pipe.transformer.merge(), **options))
-        held_out = held_out_scenes()
-        # In steps that share no factor with their number, so that few clips are of different digits too.
-        self.scenes = [held_out[(5 * i) % len(held_out)] for i in range(settings.clips)]
+        self.captions = held_out(settings.clips)
         # Spread over the phrases: a step that shares no factor with their number and structure.
         known = training_phrases()
-        self.known = [Phrase.from_index(known[(i * 157) % len(known)]) for i in range(settings.calibration)]
-        self.held_out, self.calibration = self._inputs(self.scenes, 1), self._inputs(self.known, 2)
+        self.known = [(Phrase.from_index(known[(i * 157) % len(known)]),) for i in range(settings.calibration)]
+        self.held_out, self.calibration = self._inputs(self.captions, 1), self._inputs(self.known, 2)
 
     def complete(self) -> None:
         """Runs everything."""
@@ -235,10 +233,10 @@ class Study:
             for spec in specs:
                 self.programs.prepare(run_lanes, *self._arguments(spec))
 
-    def _inputs(self, scenes: Sequence[Phrase], seed: int) -> tuple[jax.Array, sampler.Conditioning]:
-        pipe, clips = self.pipe, len(scenes)
+    def _inputs(self, captions: Sequence[Sequence[Phrase]], seed: int) -> tuple[jax.Array, sampler.Conditioning]:
+        pipe, clips = self.pipe, len(captions)
         keys = video_keys([1000 * seed + i for i in range(clips)], clips)
-        texts = [pipe.tokenize([scene.text for scene in scenes]), pipe.tokenize([""] * clips)]
+        texts = [pipe.tokenize([caption_text(caption) for caption in captions]), pipe.tokenize([""] * clips)]
         positive, negative = (encode_text(pipe.text_encoder, jnp.asarray(ids)) for ids in texts)
         conditioning = sampler.Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative, keys=keys)
         return initial_latents(keys, latent_shape(self.config)), conditioning
@@ -391,10 +389,9 @@ class Study:
             spent = {"mean_bits": width * count / self.settings.steps, "mean_bits_computed": width, "skip_share": 0.0}
             self.keep(name, "reference", latents, time.monotonic() - began, **spent)
 
-    def decode(self, latents: jax.Array) -> np.ndarray:
-        return np.concatenate(
-            [np.asarray(decode_latents(self.pipe.vae, latents[i : i + 16])) for i in range(0, len(latents), 16)]
-        )
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Frames, which stay on the device, where other rows run meanwhile: copies from the host raced with those."""
+        return jnp.concatenate([decode_latents(self.pipe.vae, latents[i : i + 16]) for i in range(0, len(latents), 16)])
 
     def keep(
         self,
@@ -411,7 +408,7 @@ class Study:
         psnr = np.asarray(metrics.psnr(frames, self.frames), np.float64)
         ssim = np.asarray(metrics.ssim(frames, self.frames), np.float64)
         error = np.asarray(metrics.relative_error(latents, self.latents), np.float64)
-        judged = judge(frames, self.scenes, classifier.load(), batch=min(32, len(frames)))
+        judged = judge(*by_digit(np.asarray(frames), self.captions), classifier.load(), batch=min(32, len(frames)))
         row: dict[str, Any] = {"name": name, "group": group, "solver": self.solver}
         row["psnr"] = None if np.isinf(psnr).all() else {"mean": float(psnr.mean()), "worst": float(psnr.min())}
         row["ssim"] = {"mean": float(ssim.mean()), "worst": float(ssim.min())}
@@ -516,7 +513,14 @@ def setting(settings: Settings) -> dict[str, Any]:
     """What rows must share to stand in one table, as results.json has it."""
     varying = {"deadline", "workers", "only"}
     found = {name: value for name, value in dataclasses.asdict(settings).items() if name not in varying}
-    return found | {"guidance_scale": GUIDANCE}
+    prompts = [caption_text(caption) for caption in held_out(settings.clips)]
+    return found | {"guidance_scale": GUIDANCE, "prompts": prompts}
+
+
+def held_out(clips: int) -> list[tuple[Phrase, ...]]:
+    """The captions of so many clips, in turn."""
+    captions = held_out_captions()
+    return [captions[i % len(captions)] for i in range(clips)]
 
 
 def earlier_rows(folder: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
@@ -528,8 +532,9 @@ def earlier_rows(folder: Path, settings: Settings) -> dict[str, list[dict[str, A
     found = json.loads((folder / "results.json").read_text())
     here = record.describe(program="benchmarks.fidelity", argv=[], rows=[], settings=setting(settings))
     for name in ("device", "versions", "settings"):
-        if found[name] != here[name]:
-            raise ValueError(f"{folder / 'results.json'} is of the {name} {found[name]}, not {here[name]}")
+        if differing := [key for key in here[name] if found[name].get(key) != here[name][key]]:
+            theirs, ours = ({key: of[name].get(key) for key in differing} for of in (found, here))
+            raise ValueError(f"{folder / 'results.json'} is of the {name} {theirs}, not {ours}")
     return {solver: [row for row in found["rows"] if row["solver"] == solver] for solver in SOLVERS}
 
 
@@ -561,7 +566,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json, report.md and the figures")
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--clips", type=int, default=96, help="held-out clips; a multiple of 48 weighs prompts equally")
+    parser.add_argument("--clips", type=int, default=96, help="held-out clips: 48 of one digit, then 48 of two")
     parser.add_argument("--seconds", type=float, help="start no row of a solver later than this; default: all rows")
     parser.add_argument("--workers", type=int, default=1, help="rows that run at once; a CPU's cores")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in --out, and run the others")

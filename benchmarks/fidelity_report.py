@@ -61,15 +61,16 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _setting(record: Mapping[str, Any]) -> str:
     settings, versions = record["settings"], record["versions"]
+    prompts = len(set(settings["prompts"]))
     return (
         f"`{record['command']}`, on {record['device']['kind']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f".\n\n{settings['clips']} clips of held-out prompts, {settings['steps']} steps, guidance"
+        + f".\n\n{settings['clips']} clips of {prompts} held-out prompts, {settings['steps']} steps, guidance"
         f" {settings['guidance_scale']:g}. Every row starts from the same noise and is compared with the mini model's"
         " own bf16 run of the same solver: PSNR and SSIM of its 8-bit frames, relative L2 error of its latents, mean"
-        " and worst clip; accuracies, in percent, are those of the mini model's judge. Mean bits are weighted by"
-        " multiply-adds, a skipped block counting as 0; a run of fewer steps counts its missing steps as 0 too."
-        " Thresholds were solved for on prompts that training saw, so a row meets its target roughly."
+        " and worst clip; accuracies, in percent, are those of the mini model's judge, digit by digit. Mean bits are"
+        " weighted by multiply-adds, a skipped block counting as 0; a run of fewer steps counts its missing steps as 0"
+        " too. Thresholds were solved for on prompts that training saw, so a row meets its target roughly."
     )
 
 

@@ -153,11 +153,11 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "INT8 after a skip and in the last steps": (2, {"purify": False, "late": LATE}),
     "PDR, INT8 in the last steps": (1, {"late": LATE}),
     "PDR, INT8 in the last steps, four over six": (2, {"late": LATE, "model": "4/6"}),
-    "PDR, one skip in a row": (4, {"max_skips": 1}),
-    "PDR, four skips in a row": (4, {"max_skips": 4}),
-    "PDR, warm-up of 10 steps": (4, {"warm_up": 10}),
-    "PDR, cool-down of 6 steps": (4, {"cool_down": 6}),
-    "PDR, outlier limit 15": (4, {"outlier_limit": 15.0}),
+    "PDR, one skip in a row": (5, {"max_skips": 1}),
+    "PDR, four skips in a row": (5, {"max_skips": 4}),
+    "PDR, warm-up of 10 steps": (5, {"warm_up": 10}),
+    "PDR, cool-down of 6 steps": (5, {"cool_down": 6}),
+    "PDR, outlier limit 15": (5, {"outlier_limit": 15.0}),
     "PDR, cache in int8": (3, {"cache_format": "int8"}),
     "PDR, cache in nvfp4": (3, {"cache_format": "nvfp4"}),
 }
@@ -200,7 +200,7 @@ def stacking(study: "Study") -> list[Spec]:
                         group="stacking",
                         policy=study.policy(route, **tau, purify=how == "PDR"),
                         model=model,
-                        priority=4 if (share, bits) == FULL else 1 if how == "naive" and route == "int8" else 3,
+                        priority=5 if (share, bits) == FULL else 1 if how == "naive" and route == "int8" else 3,
                         details=tau,
                     )
                     for route, format, how, model in SAME_FORMAT

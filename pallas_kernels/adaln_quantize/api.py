@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.adaln_quantize import pallas_triton, xla
+from pallas_kernels.adaln_quantize import pallas_mosaic_gpu, pallas_triton, xla
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.choice import Implementation, choose
 from pallas_kernels.common.formats import CarriedArray, Int8Array, NVFP4Array, hadamard_block
@@ -10,6 +10,7 @@ from pallas_kernels.rotate_quantize.api import check_format
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 IMPLEMENTATIONS = {
+    "pallas_mosaic_gpu": Implementation(run=pallas_mosaic_gpu.adaln_quantize, refusal=pallas_mosaic_gpu.refusal),
     "pallas_triton": Implementation(run=pallas_triton.adaln_quantize, refusal=pallas_triton.refusal),
     "xla": xla.adaln_quantize,
 }

@@ -18,11 +18,7 @@ from pallas_kernels.rotate_quantize import pallas_mosaic_gpu, pallas_triton, xla
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 IMPLEMENTATIONS = {
-    "pallas_mosaic_gpu": Implementation(
-        run=pallas_mosaic_gpu.rotate_quantize,
-        refusal=pallas_mosaic_gpu.refusal,
-        passed_over=lambda *args, **kwargs: "its present form has not been tested and timed on a GPU",
-    ),
+    "pallas_mosaic_gpu": Implementation(run=pallas_mosaic_gpu.rotate_quantize, refusal=pallas_mosaic_gpu.refusal),
     "pallas_triton": Implementation(run=pallas_triton.rotate_quantize, refusal=pallas_triton.refusal),
     "xla": xla.rotate_quantize,
 }

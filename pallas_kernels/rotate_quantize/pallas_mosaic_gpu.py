@@ -13,14 +13,15 @@ of a row after a sum (or maximum) over places that are 8 apart, through shared m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
 from pallas_kernels.common import device
 from pallas_kernels.common.formats import FLUSH_BELOW, INT8_MAX, MIN_SCALE, Int8Array, sylvester
@@ -39,10 +40,9 @@ PARTS = (1, 2, 4, 8)
 WARPGROUPS = 2
 SLOTS = 3
 """Tiles in shared memory."""
-STAGED = 2
-"""Pieces of codes there, of each warpgroup."""
 MAYBE_FLUSHED = 2.0**-60
 """Beside larger values, those that the definition flushes to zero are lost in rounding."""
+KeepScale = Callable[[Float32[Array, " piece"]], None]
 
 
 def refusal(
@@ -54,14 +54,21 @@ def refusal(
 ) -> str | None:
     """See `common.choice.Implementation`."""
     *rows, k = x.shape
-    if format != "int8" or x.dtype != jnp.bfloat16 or hadamard != HADAMARD:
-        return f"it makes INT8 of bfloat16 rotated by blocks of {HADAMARD}, here {format} of {x.dtype} by {hadamard}"
-    plan = _plan(math.prod(rows), k)
+    if (reason := format_refusal(x, format=format, hadamard=hadamard)) is not None:
+        return reason
+    plan = plan_of(math.prod(rows), k)
     if plan is None:
         return f"a row of {k} does not come to equal parts of at most {MOST_BLOCKS} blocks"
     if plan.rows % ROWS:
         return f"its tiles have {ROWS} rows, or parts of rows, which do not divide {plan.rows}"
     return device.refusal(at_least=(9, 0), below=(10, 0))
+
+
+def format_refusal(x: Float[Array, "..."], *, format: str, hadamard: int) -> str | None:
+    """Why x is not rotated and quantised so by this kernel."""
+    if format != "int8" or x.dtype != jnp.bfloat16 or hadamard != HADAMARD:
+        return f"it makes INT8 of bfloat16 rotated by blocks of {HADAMARD}, here {format} of {x.dtype} by {hadamard}"
+    return None
 
 
 def rotate_quantize(
@@ -73,7 +80,7 @@ def rotate_quantize(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """Sizes of one call.
 
     Attributes:
@@ -96,78 +103,153 @@ class _Plan:
         return pl.cdiv(self.blocks * ROWS, PIECE)
 
 
-def _plan(rows: int, k: int) -> _Plan | None:
+def plan_of(rows: int, k: int) -> Plan | None:
     blocks = k // HADAMARD
     for parts in PARTS:
         if blocks % parts == 0 and blocks // parts <= MOST_BLOCKS:
-            return _Plan(rows=rows * parts, parts=parts, blocks=blocks // parts)
+            return Plan(rows=rows * parts, parts=parts, blocks=blocks // parts)
     return None
 
 
 @functools.partial(jax.jit, static_argnames=("cores", "interpret"))
 def _rotate_quantize(x: Float[Array, "*rows k"], *, cores: int, interpret: bool) -> tuple[Int8Array, RowStatistics]:
     *rows, k = x.shape
-    plan = _plan(math.prod(rows), k)
+    plan = plan_of(math.prod(rows), k)
     assert plan is not None
     split = (plan.rows, plan.blocks, HADAMARD)
     a_row = jax.ShapeDtypeStruct((plan.rows,), jnp.float32)
     codes, *found = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=(jax.ShapeDtypeStruct(split, jnp.int8), a_row, a_row, a_row),
-        scratch_types={
-            "tiles": swizzled((SLOTS, plan.pieces * PIECE, HADAMARD), jnp.bfloat16),
-            "matrix": swizzled((HADAMARD, HADAMARD), jnp.bfloat16),
-            "staged": swizzled((WARPGROUPS, STAGED, PIECE, HADAMARD), jnp.int8),
-            "rings": plgpu.SMEM((WARPGROUPS, 2, 2 * PIECE), jnp.float32),
-            "of_rows": plgpu.SMEM((WARPGROUPS, 3, PIECE), jnp.float32),
-            "matrix_loaded": plgpu.Barrier(),
-            # A warpgroup counts what it waits for, so a slot has a barrier for each.
-            "loaded": plgpu.Barrier(num_arrivals=plan.blocks, num_barriers=SLOTS * WARPGROUPS),
-            "free": plgpu.Barrier(num_barriers=SLOTS),
-        },
+        scratch_types=scratch_types(plan, constants=1),
         grid=(min(cores, plan.tiles),),
         grid_names=("core",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x.reshape(split), jnp.asarray(sylvester(HADAMARD) / HADAMARD, jnp.bfloat16))
+        **launch(interpret=interpret),
+    )(x.reshape(split), rotation())
     scale, sums, largest = (values[:: plan.parts].reshape(rows) for values in found)
     array = Int8Array(codes=codes.reshape(x.shape), scale=scale, hadamard=HADAMARD)
     return array, RowStatistics(sum_abs=sums, max_abs=largest)
 
 
-def _kernel(
+def rotation() -> BFloat16[Array, "128 128"]:
+    """What a tile is multiplied by; over its size, so that sums overflow only where results do."""
+    return jnp.asarray(sylvester(HADAMARD) / HADAMARD, jnp.bfloat16)
+
+
+def scratch_types(plan: Plan, *, constants: int) -> dict[str, Any]:
+    """Shared memory and barriers that `run` takes.
+
+    Args:
+        plan: sizes.
+        constants: arrays that are copied there before all tiles.
+    """
+    return {
+        # Once a tile is rotated, its codes take its place, of which they need a half.
+        "tiles": plgpu.RefUnion(
+            swizzled((SLOTS, plan.pieces * PIECE, HADAMARD), jnp.bfloat16),
+            swizzled((SLOTS, 2 * plan.pieces, PIECE, HADAMARD), jnp.int8),
+        ),
+        "matrix": swizzled((HADAMARD, HADAMARD), jnp.bfloat16),
+        "rings": plgpu.SMEM((WARPGROUPS, 2, 2 * PIECE), jnp.float32),
+        "of_rows": plgpu.SMEM((WARPGROUPS, 3, PIECE), jnp.float32),
+        "constants_loaded": plgpu.Barrier(num_arrivals=constants),
+        # A warpgroup counts what it waits for, so a slot has a barrier for each.
+        "loaded": plgpu.Barrier(num_arrivals=plan.blocks, num_barriers=SLOTS * WARPGROUPS),
+        "free": plgpu.Barrier(num_barriers=SLOTS),
+    }
+
+
+def launch(*, interpret: bool) -> dict[str, Any]:
+    """How `plgpu.kernel` starts a kernel that is a `run`."""
+    return {
+        "num_threads": WARPGROUPS + 1,
+        "thread_name": "warpgroup",
+        "interpret": plgpu.InterpretGPUParams() if interpret else None,
+        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    }
+
+
+def _kernel(x, hadamard, codes, scale, sums, largest, *, plan: Plan, **scratch):
+    core, cores = jax.lax.axis_index("core"), jax.lax.axis_size("core")
+
+    def measure(tile, row, ring, out) -> KeepScale:
+        total, most = _statistics(tile, ring, plan)
+        finite = total <= FLOAT32_MAX  # comparisons with NaN are false
+        out[1], out[2] = total, kept_maximum(total, most)
+
+        @pl.when(any_row(needs_cleaning(finite, most), ring))
+        def _():
+            clean(pieces(tile, plan), finite, plgpu.Layout.WGMMA)
+            flushed, _ = _statistics(tile, ring, plan)
+            out[1] = jnp.where(finite, flushed, total)
+
+        def keep_scale(row_scale: Float32[Array, " piece"]) -> None:
+            out[0] = jnp.where(finite, row_scale, jnp.nan)
+
+        return keep_scale
+
+    run(
+        x,
+        codes,
+        (scale, sums, largest),
+        plan=plan,
+        own=lambda: pl.cdiv(plan.tiles - core, cores),
+        first_row=lambda turn: (core + turn * cores) * ROWS,
+        constants=lambda: [(hadamard, scratch["matrix"])],
+        measure=measure,
+        **scratch,
+    )
+
+
+def run(
     x,
-    hadamard,
     codes,
-    scale,
-    sums,
-    largest,
+    of_each_row: Sequence,
     *,
-    plan: _Plan,
+    plan: Plan,
+    own: Callable[[], Int32[Array, ""]],
+    first_row: Callable[[Int32[Array, ""]], Int32[Array, ""]],
+    constants: Callable[[], Sequence[tuple]],
+    measure: Callable[..., KeepScale],
     tiles,
     matrix,
-    staged,
     rings,
     of_rows,
-    matrix_loaded,
+    constants_loaded,
     loaded,
     free,
-):
+) -> None:
+    """Loads, rotates and quantises the tiles of a core, inside a kernel.
+
+    Functions give what depends on the core where it is used: values that all warpgroups are given are operations beside
+    theirs, and an interpreter that runs both on the same few threads can wait for ever.
+
+    Args:
+        x: [rows, blocks, 128].
+        codes: as x.
+        of_each_row: scales and statistics, [rows] each.
+        plan: sizes.
+        own: how many tiles.
+        first_row: of the tile that has this place among them.
+        constants: (source, place in shared memory) of what is copied before all tiles.
+        measure: what to do with (tile, its first row, ring, out) before it is rotated; it may change the tile. It puts
+            the statistics of its rows into the beginnings of out[1] and out[2], in shared memory. What it returns puts
+            the scales into that of out[0].
+        tiles, matrix, rings, of_rows, constants_loaded, loaded, free: `scratch_types`.
+    """
     warpgroup = jax.lax.axis_index("warpgroup")
-    core, cores = jax.lax.axis_index("core"), jax.lax.axis_size("core")
-    own = pl.cdiv(plan.tiles - core, cores)
+    tiles, staged = tiles
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        plgpu.copy_gmem_to_smem(hadamard, matrix, matrix_loaded)
+        for source, place in constants():
+            plgpu.copy_gmem_to_smem(source, place, constants_loaded)
 
-        @pl.loop(0, own)
+        @pl.loop(0, own())
         def _(turn):
             slot = jax.lax.rem(turn, SLOTS)
-            rows = pl.ds((core + turn * cores) * ROWS, ROWS)
+            rows = pl.ds(first_row(turn), ROWS)
             plgpu.barrier_wait(free.at[slot])
 
             @pl.loop(0, plan.blocks)
@@ -189,27 +271,17 @@ def _kernel(
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(free.at[slot])
 
-        plgpu.barrier_wait(matrix_loaded)
+        plgpu.barrier_wait(constants_loaded)
 
-        @pl.loop(0, pl.cdiv(own - warpgroup, WARPGROUPS))
+        @pl.loop(0, pl.cdiv(own() - warpgroup, WARPGROUPS))
         def _(own_turn):
             turn = own_turn * WARPGROUPS + warpgroup
-            row = (core + turn * cores) * ROWS
+            row = first_row(turn)
             slot = jax.lax.rem(turn, SLOTS)
             tile = tiles.at[slot]
             plgpu.barrier_wait(loaded.at[jax.lax.rem(turn, SLOTS * WARPGROUPS)])
-            total, most = _statistics(tile, ring, plan)
-            finite = total <= FLOAT32_MAX  # comparisons with NaN are false
             out = of_rows.at[warpgroup]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # all of the tile before
-            largest_kept = jnp.where(most < FLUSH_BELOW, 0.0, most)
-            out[1], out[2] = total, jnp.where(jnp.isnan(total), jnp.nan, largest_kept)  # a maximum may lose NaN
-
-            @pl.when(_any_row(~finite | ((most > 0) & (most < MAYBE_FLUSHED)), ring))
-            def _():
-                _clean(tile, finite, plan)
-                flushed, _ = _statistics(tile, ring, plan)
-                out[1] = jnp.where(finite, flushed, total)
+            keep_scale = measure(tile, row, ring, out)
 
             def product(accumulator):
                 plgpu.wgmma(accumulator, tile, matrix)
@@ -217,66 +289,114 @@ def _kernel(
                 return accumulator[...]
 
             rotated = pl.run_scoped(product, plgpu.ACC((plan.pieces * PIECE, HADAMARD), jnp.float32))
-            plgpu.barrier_arrive(free.at[slot])
             root = float(np.sqrt(np.float32(HADAMARD)))
             amax = _of_rows([_largest(rotated, plan) * root], [jnp.maximum], ring, plan)[0]
             row_scale = jnp.maximum(amax * (1 / INT8_MAX), MIN_SCALE)
-            out[0] = jnp.where(finite, row_scale, jnp.nan)
-            inverse = jax.lax.broadcast_in_dim(1.0 / row_scale, (PIECE, HADAMARD), (0,))
+            keep_scale(row_scale)
+            inverse = jax.lax.broadcast_in_dim(rounded_inverse(row_scale, 1.0 / row_scale), (PIECE, HADAMARD), (0,))
+            # Added first, so that the product and the sum that rounds it do not become one instruction, rounded once.
+            zero = jax.lax.broadcast_in_dim(row_scale * 0.0, (PIECE, HADAMARD), (0,))
             for piece in range(plan.pieces):
                 units = rotated[piece * PIECE : (piece + 1) * PIECE] * root * inverse
-                rounded = jnp.maximum(units, -INT8_MAX) + ROUNDER  # between them, so that they are not one fma
-                kept = staged.at[warpgroup, piece % STAGED]
-                if piece >= STAGED:
-                    plgpu.wait_smem_to_gmem(STAGED - 1, wait_read_only=True)
-                kept[...] = jax.lax.bitcast_convert_type(rounded, jnp.int32).astype(jnp.int8)
-                plgpu.commit_smem()
-                if piece == 0:
-                    for index, values in enumerate((scale, sums, largest)):
-                        source = out.at[index, pl.ds(0, ROWS)]
-                        plgpu.copy_smem_to_gmem(source, values.at[pl.ds(row, ROWS)], commit_group=False)
+                rounded = units + zero + ROUNDER
+                staged.at[slot, piece][...] = jax.lax.bitcast_convert_type(rounded, jnp.int32).astype(jnp.int8)
+            plgpu.commit_smem()
+            for index, values in enumerate(of_each_row):
+                source = out.at[index, pl.ds(0, ROWS)]
+                plgpu.copy_smem_to_gmem(source, values.at[pl.ds(row, ROWS)], commit_group=False)
 
-                @pl.loop(0, min(PIECE // ROWS, plan.blocks - piece * PIECE // ROWS))
-                def _(block, piece=piece, kept=kept):
-                    target = codes.at[pl.ds(row, ROWS), piece * PIECE // ROWS + block, :]
-                    plgpu.copy_smem_to_gmem(kept.at[pl.ds(block * ROWS, ROWS), :], target, commit_group=False)
+            @pl.loop(0, plan.blocks)
+            def _(block):
+                piece, place = jax.lax.div(block, PIECE // ROWS), jax.lax.rem(block, PIECE // ROWS)
+                source = staged.at[slot, piece, pl.ds(place * ROWS, ROWS), :]
+                plgpu.copy_smem_to_gmem(source, codes.at[pl.ds(row, ROWS), block, :], commit_group=False)
 
-                plgpu.commit_smem_to_gmem_group()
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(free.at[slot])
 
         plgpu.wait_smem_to_gmem(0)
 
 
-def _pieces(tile, plan: _Plan):
+def pieces(tile, plan: Plan) -> list:
     """References of the pieces of a tile."""
     return [tile.at[pl.ds(piece * PIECE, PIECE), :] for piece in range(plan.pieces)]
 
 
-def _statistics(tile, ring, plan: _Plan) -> list[Float32[Array, " piece"]]:
+def kept_maximum(total: Float32[Array, " rows"], most: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
+    """The statistic, of the sum and the maximum of magnitudes before any is flushed."""
+    # A maximum may lose NaN.
+    return jnp.where(jnp.isnan(total), jnp.nan, jnp.where(most < FLUSH_BELOW, 0.0, most))
+
+
+def needs_cleaning(finite: Bool[Array, " rows"], most: Float32[Array, " rows"]) -> Bool[Array, " rows"]:
+    """Which rows `clean` may change more in than what is lost in rounding."""
+    return ~finite | ((most > 0) & (most < MAYBE_FLUSHED))
+
+
+def _statistics(tile, ring, plan: Plan) -> list[Float32[Array, " piece"]]:
     """The sum and the maximum of the magnitudes of each row, as `_of_rows` gives them."""
-    magnitudes = [
-        jnp.abs(plgpu.load(piece, layout=plgpu.Layout.WGMMA).astype(jnp.float32)) for piece in _pieces(tile, plan)
-    ]
-    found = [functools.reduce(of, magnitudes) for of in (jnp.add, jnp.maximum)]
-    return _of_rows([found[0].sum(axis=1), found[1].max(axis=1)], [jnp.add, jnp.maximum], ring, plan)
+    loaded = (plgpu.load(piece, layout=plgpu.Layout.WGMMA) for piece in pieces(tile, plan))
+    return _of_rows(magnitudes(loaded), [jnp.add, jnp.maximum], ring, plan)
 
 
-def _clean(tile, finite: Bool[Array, " piece"], plan: _Plan) -> None:
-    """Rows that are not finite become zero, as do values that the definition flushes."""
-    for piece in _pieces(tile, plan):
-        values = plgpu.load(piece, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        keep = (jnp.abs(values) >= FLUSH_BELOW) & jax.lax.broadcast_in_dim(finite, values.shape, (0,))
-        piece[...] = jnp.where(keep, values, 0.0).astype(jnp.bfloat16)
+def magnitudes(values: Iterable[BFloat16[Array, "m n"]]) -> list[Float32[Array, " m"]]:
+    """The sum and the maximum of |values| of each row, over arrays of these rows."""
+    absolute = [jnp.abs(each.astype(jnp.float32)) for each in values]
+    total, most = (functools.reduce(of, absolute) for of in (jnp.add, jnp.maximum))
+    return [total.sum(axis=1), most.max(axis=1)]
+
+
+def clean(places: Sequence, finite: Bool[Array, " rows"], layout) -> None:
+    """Rows that are not finite become zero, as do values that the definition flushes.
+
+    Args:
+        places: references [rows, 128].
+        finite: whether each row is.
+        layout: to load them in, of which `finite` has the rows.
+    """
+    for place in places:
+        values = plgpu.load(place, layout=layout).astype(jnp.float32)
+        finite_values = plgpu.layout_cast(jax.lax.broadcast_in_dim(finite, values.shape, (0,)), layout)
+        place[...] = jnp.where((jnp.abs(values) >= FLUSH_BELOW) & finite_values, values, 0.0).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
-def _largest(rotated: Float32[Array, "m 128"], plan: _Plan) -> Float32[Array, " piece"]:
+def _largest(rotated: Float32[Array, "m 128"], plan: Plan) -> Float32[Array, " piece"]:
     """Maxima of magnitudes over all pieces and columns."""
     pieces = (jnp.abs(rotated[piece * PIECE : (piece + 1) * PIECE]) for piece in range(plan.pieces))
     return functools.reduce(jnp.maximum, pieces).max(axis=1)
 
 
+def rounded_inverse(scale: Float32[Array, " rows"], near: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
+    """1 / scale, correctly rounded (but next below a power of two), of one off by an ulp, as Mosaic GPU divides.
+
+    One step of Newton's method, between 1 and 2. Its residual is exact: factors are taken in halves whose products are
+    float32, so that it does not matter which of these and of the sums become one instruction.
+
+    Args:
+        scale: positive, up to 2^126, or infinite, or NaN.
+        near: about 1 / scale.
+    """
+
+    def as_float(bits: Int32[Array, " rows"]) -> Float32[Array, " rows"]:
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def halves(value: Float32[Array, " rows"]) -> list[Float32[Array, " rows"]]:
+        high = as_float((jax.lax.bitcast_convert_type(value, jnp.int32) + (1 << 11)) & -(1 << 12))
+        return [high, value - high]
+
+    exponent = jax.lax.bitcast_convert_type(scale, jnp.int32) & (255 << 23)
+    power, inverse_power = as_float(exponent), as_float((254 << 23) - exponent)
+    unit = near * power
+    (high, low), (unit_high, unit_low) = halves(scale * inverse_power), halves(unit)
+    residual = 1.0 - high * unit_high - high * unit_low - low * unit_high - low * unit_low
+    # Not where one of them is infinite, or NaN.
+    return jnp.where(jnp.abs(residual) < 1, (unit + unit * residual) * inverse_power, near)
+
+
 def _of_rows(
-    found: list[Float32[Array, " piece"]], combine: list[Callable], ring, plan: _Plan
+    found: list[Float32[Array, " piece"]], combine: list[Callable], ring, plan: Plan
 ) -> list[Float32[Array, " piece"]]:
     """What was found for each row of a piece, combined over all that belong to the same row of x; at most two.
 
@@ -313,9 +433,9 @@ def _of_rows(
     return found
 
 
-def _any_row(flags: Bool[Array, " piece"], ring) -> Bool[Array, ""]:
+def any_row(flags: Bool[Array, " rows"], ring) -> Bool[Array, ""]:
     """Whether any of the flags of a tile's rows is set, alike in all threads."""
-    ring.at[0, pl.ds(0, PIECE)][...] = jnp.where(flags, 1.0, 0.0)
+    ring.at[0, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
     plgpu.commit_smem()
     found = functools.reduce(jnp.add, [ring[0, row] for row in range(ROWS)])
     plgpu.commit_smem()

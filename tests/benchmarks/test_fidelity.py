@@ -216,7 +216,7 @@ def test_report_draws_every_figure(tmp_path):
         "command": "python",
         "device": {"kind": "cpu"},
         "versions": {"jax": "0"},
-        "settings": dataclasses.asdict(fidelity.Settings()) | {"guidance_scale": 6.0},
+        "settings": fidelity.setting(fidelity.Settings()),
         "calibration": {"DDIM": {"scatter": fit.scatter(), "correlation": fit.correlation.tolist()}},
         "rows": rows,
     }

@@ -10,9 +10,8 @@ import pytest
 from quantized import differences, share_of_other_codes, unexplained
 
 from pallas_kernels.adaln_quantize import adaln_quantize, reference, shapes
-from pallas_kernels.adaln_quantize.api import IMPLEMENTATIONS
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
-from pallas_kernels.common import device
+from pallas_kernels.common import device, quantize_tile
 from pallas_kernels.rotate_quantize import reference as rotation
 
 F32 = np.float32
@@ -23,8 +22,9 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["pallas_triton", "xla"])
 def implementation(request):
+    """Each that does all of the operation; Pallas kernels are interpreted."""
     with contextlib.nullcontext() if request.param == "xla" else device.interpret():
         yield functools.partial(adaln_quantize, implementation=request.param)
 
@@ -48,16 +48,18 @@ def on_device(keywords):
     return {name: jnp.asarray(v) if isinstance(v, np.ndarray) else v for name, v in keywords.items()}
 
 
-def rotated_and_bound(x, keywords, hadamard):
-    """The rotated rows of the definition, and how far an implementation may be from each value."""
+def rotated_and_bound(x, keywords, hadamard, rotation_bound=rotation.ROTATION_BOUND):
+    """The rotated rows of the definition, and how far an implementation may be from each value.
+
+    Its own rotation may be off by `rotation_bound`, and the definition's is.
+    """
     y = reference.modulate(x, AdaptiveNorm(**keywords))
     blocks = reference.modulation_bound(x, AdaptiveNorm(**keywords)).reshape(-1, hadamard or 1)
     if not hadamard:
         return y, blocks.reshape(y.shape)
     off = np.linalg.norm(blocks, axis=-1)
     norm = np.linalg.norm(y.reshape(-1, hadamard).astype(np.float64), axis=-1)
-    # The other's rotation may be off as far as the definition's own.
-    bound = np.repeat(off + 2 * rotation.ROTATION_BOUND * norm, hadamard).reshape(y.shape)
+    bound = np.repeat(off + (rotation.ROTATION_BOUND + rotation_bound) * norm, hadamard).reshape(y.shape)
     return rotation.rotate(y, hadamard), bound
 
 
@@ -127,6 +129,101 @@ def test_non_finite_rows_are_nan_and_others_untouched(implementation, options):
     np.testing.assert_array_equal(np.asarray(found.codes)[~bad], np.asarray(sound.codes)[~bad])
     assert not np.isfinite(np.asarray(statistics.max_abs))[bad].any()
     assert not np.isfinite(np.asarray(statistics.sum_abs))[bad].any()
+
+
+MOSAIC = {"format": "int8", "implementation": "pallas_mosaic_gpu"}
+
+
+def mosaic(x, keywords):
+    """(found, its statistics), interpreted and in NumPy."""
+    with device.interpret():
+        found = adaln_quantize(jnp.asarray(x), **on_device(keywords), **MOSAIC)
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text_length", "dim"),
+    [(16, 3, 384), (40, 11, 128), (24, 16, 256), (16, 0, 128), (16, 16, 128), (16, 13, 128 * 22)],
+)
+def test_mosaic_is_explained_by_the_definition(tokens, text_length, dim):
+    """Text and video in one tile, or not; only one of them; one piece of a tile, and three, of more than is held."""
+    shape = shapes.Shape(name="", batch=2, tokens=tokens, text_length=text_length, dim=dim)
+    x, keywords = arguments(shape, offset=3.0)
+    found, statistics = mosaic(x, keywords)
+    found.validate()
+    assert unexplained(found, *rotated_and_bound(x, keywords, 128, quantize_tile.ROTATION_BOUND)) == []
+    wanted, wanted_statistics = reference.adaln_quantize(x, AdaptiveNorm(**keywords), format="int8", hadamard=128)
+    assert share_of_other_codes(found, wanted) <= 2e-3
+    np.testing.assert_allclose(statistics.sum_abs, wanted_statistics.sum_abs, rtol=1e-5)
+    np.testing.assert_allclose(statistics.max_abs, wanted_statistics.max_abs, rtol=1e-5)
+
+
+def extreme_rows(tokens, dim):
+    """By name: rows of x, and what multiplies all gains and offsets."""
+    normal = np.random.default_rng(8).standard_normal((2, tokens, dim))
+    broken = normal.copy()
+    broken[0, 5, 3], broken[1, 2, 200], broken[1, 9, 0] = np.nan, np.inf, -np.inf
+    return {
+        "nan and inf": (broken, 1.0),
+        "a zero row": (normal * (np.arange(tokens) != 9)[:, None], 1.0),
+        "constant": (np.full(normal.shape, 3.1), 1.0),
+        "huge": (normal * 2.0**60, 1.0),
+        "tiny": (normal * 2.0**-60, 1.0),
+        "near the flush": (normal, 2.0**-96),
+        "zero": (normal, 0.0),
+    }
+
+
+def test_mosaic_with_extreme_rows():
+    """As XLA does: rows that are not finite have no scale and zeros for codes, and what the definition flushes is."""
+    shape = shapes.Shape(name="", batch=2, tokens=16, text_length=11, dim=256)
+    _, keywords = arguments(shape)
+    for x, factor in extreme_rows(shape.tokens, shape.dim).values():
+        x = x.astype("bfloat16")
+        scaled = keywords | {
+            name: (keywords[name].astype(F32) * factor).astype("bfloat16")
+            for name in ("norm_scale", "norm_bias", "shift")
+        }
+        found, statistics = mosaic(x, scaled)
+        wanted, wanted_statistics = adaln_quantize(
+            jnp.asarray(x), **on_device(scaled), format="int8", implementation="xla"
+        )
+        wanted = jax.tree.map(np.asarray, wanted)
+        np.testing.assert_array_equal(np.isnan(found.scale), np.isnan(wanted.scale))
+        np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-5)
+        assert share_of_other_codes(found, wanted) <= 2e-3
+        sound = ~np.isnan(found.scale)
+        assert not found.codes[~sound].any()
+        for name in ("sum_abs", "max_abs"):
+            one, other = (np.asarray(getattr(each, name)) for each in (statistics, wanted_statistics))
+            assert not np.isfinite(one[~sound]).any()
+            np.testing.assert_allclose(one[sound], other[sound], rtol=1e-5)
+
+
+def test_mosaic_takes_vmap():
+    x, keywords = arguments(shapes.Shape(name="", batch=2, tokens=16, text_length=3, dim=256))
+    one, _ = mosaic(x, keywords)
+    call = functools.partial(adaln_quantize, **on_device(keywords), **MOSAIC)
+    with device.interpret():
+        two, _ = jax.vmap(call)(jnp.stack([jnp.asarray(x)] * 2))
+    for entry in range(2):
+        assert differences(jax.tree.map(lambda leaf, entry=entry: np.asarray(leaf)[entry], two), one) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "dtype", "options", "message"),
+    [
+        (16, 256, "bfloat16", {"format": "nvfp4"}, "nvfp4 of bfloat16"),
+        (16, 256, "float32", {}, "int8 of float32"),
+        (16, 256, "bfloat16", {"hadamard": 64}, "by 64"),
+        (17, 256, "bfloat16", {}, "do not divide 17"),
+        (16, 128 * 25, "bfloat16", {}, "at most 24 blocks of 128, not 3200 values"),
+    ],
+)
+def test_mosaic_refuses(tokens, dim, dtype, options, message):
+    x, keywords = arguments(shapes.Shape(name="", batch=1, tokens=tokens, text_length=3, dim=dim), dtype)
+    with device.interpret(), pytest.raises(NotImplementedError, match=message):
+        adaln_quantize(jnp.asarray(x), **on_device(keywords), **(MOSAIC | options))
 
 
 def test_jit_and_vmap_give_the_same_bytes(implementation):

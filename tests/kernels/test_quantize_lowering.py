@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from h100 import lowered
 
+from pallas_kernels.adaln_quantize import pallas_mosaic_gpu as mosaic_adaln
 from pallas_kernels.adaln_quantize import pallas_triton as adaln
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common.quantize_tile import Instructions
@@ -78,11 +79,22 @@ def test_adaln_quantize(capability, target):
         instructions=Instructions.of(capability),
         interpret=False,
     )
+    text = lowered(call, *adaln_operands(1920))
+    assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+def adaln_operands(dim):
+    """(x, norm) of CogVideoX."""
     x, vector, modulation = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 17_776, 1920), (1920,), (2, 2, 1920))
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 17_776, dim), (dim,), (2, 2, dim))
     )
     norm = AdaptiveNorm(
         norm_scale=vector, norm_bias=vector, shift=modulation, scale=modulation, text_length=226, epsilon=1e-5
     )
-    text = lowered(call, x, norm)
-    assert text.count("__gpu$xla.gpu.triton") == 1
+    return x, norm
+
+
+@pytest.mark.parametrize("dim", [1920, 3072])
+def test_adaln_quantize_by_mosaic(dim):
+    call = functools.partial(mosaic_adaln.adaln_quantize, format="int8", hadamard=128)
+    assert lowered(call, *adaln_operands(dim)).count("@mosaic_gpu") == 1

@@ -63,6 +63,19 @@ def test_held_out_phrases_are_a_balanced_tenth():
     assert not {p.index for p in held} & set(data.training_phrases())
 
 
+def test_held_out_captions_are_distinct_and_tell_two_digits_apart():
+    captions = data.held_out_captions()
+    assert len(captions) == len({data.caption_text(caption) for caption in captions}) == 96
+    assert {len(caption) for caption in captions[:48]} == {1}
+    assert {len(caption) for caption in captions[48:]} == {2}
+    assert {phrase for caption in captions for phrase in caption} == set(data.held_out_scenes())
+    channels = np.array(list(data.COLOURS.values()))
+    for caption in captions:
+        assert data.parse_caption(data.caption_text(caption)) == caption
+        assert channels[[phrase.colour for phrase in caption]].sum(0).max() == 1
+    assert len({frozenset(phrase.colour for phrase in caption) for caption in captions[48:64]}) == 6
+
+
 def test_training_clips_never_show_a_held_out_phrase(digits):
     draw = jax.jit(lambda key: data.sample_batch(key, *digits, 4096, two_digits=0.5).scene.phrase)
     seen = set(np.asarray(draw(jax.random.key(0))).ravel().tolist())

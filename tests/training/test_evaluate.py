@@ -24,14 +24,15 @@ def held_out():
 
 
 @jax.jit
-def rendered(phrase, key, images, labels):
-    scene = data.place_scenes(key, labels, jnp.stack([phrase, phrase], 1), jnp.ones(phrase.shape[0], jnp.int32))
-    return evaluate.to_uint8(data.render(scene, images))
+def rendered(phrases, count, key, images, labels):
+    return evaluate.to_uint8(data.render(data.place_scenes(key, labels, phrases, count), images))
 
 
-def draw(held_out, phrases, seed):
-    """True clips of one digit each, of held-out images, as uint8."""
-    return np.asarray(rendered(jnp.array([p.index for p in phrases], jnp.int32), jax.random.key(seed), *held_out))
+def draw(held_out, captions, seed):
+    """True clips of held-out images, as uint8; a caption is a phrase or two."""
+    phrases = jnp.array([[caption[0].index, caption[-1].index] for caption in captions], jnp.int32)
+    count = jnp.array([len(caption) for caption in captions], jnp.int32)
+    return np.asarray(rendered(phrases, count, jax.random.key(seed), *held_out))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,9 @@ def truth(held_out):
     """Each of the 480 phrases once."""
     phrases = [data.Phrase.from_index(i) for i in range(data.NUM_PHRASES)]
     with jax.numpy_dtype_promotion("strict"):
-        return phrases, np.concatenate([draw(held_out, phrases[i : i + 48], i) for i in range(0, 480, 48)])
+        return phrases, np.concatenate(
+            [draw(held_out, [(p,) for p in phrases[i : i + 48]], i) for i in range(0, 480, 48)]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +101,35 @@ def test_velocity_is_measured(judgement, truth):
 def test_judge_sees_a_changed_clip(change, attribute, held_out, judge_model):
     """Each change shows in the named attribute of fast clips to the left; all keep to the first nine frames."""
     phrases = [data.Phrase.parse(f"a {c} {d} moves left fast") for c in ("red", "blue") for d in (2, 3, 4, 5)]
-    clips = draw(held_out, phrases, 2)
+    clips = draw(held_out, [(p,) for p in phrases], 2)
     assert evaluate.judge(clips, phrases, judge_model, batch=8).correct(attribute).all()
     changed = np.ascontiguousarray(change(clips))
     assert not evaluate.judge(changed, phrases, judge_model, batch=8).correct(attribute).any()
+
+
+def test_two_digits_are_judged_one_by_one(held_out, judge_model):
+    captions = data.held_out_captions()[40:]
+    frames = draw(held_out, captions, 3)
+    clips, phrases = evaluate.by_digit(frames, captions)
+    assert len(clips) == len(phrases) == 8 + 2 * 48
+    judged = evaluate.judge(clips, phrases, judge_model, batch=52)
+    assert judged.correct("digit").mean() >= 0.96
+    for attribute in ("colour", "direction", "speed"):
+        assert judged.correct(attribute).mean() >= 0.99
+    wrong, phrases = evaluate.by_digit(frames, [caption[::-1] for caption in captions])
+    np.testing.assert_array_equal(
+        wrong[8:].reshape(48, 2, *wrong.shape[1:])[:, ::-1].reshape(wrong[8:].shape), clips[8:]
+    )
+    others = [
+        data.Phrase(digit=p.digit, colour=p.colour, direction=(p.direction + 1) % 4, speed=p.speed) for p in phrases
+    ]
+    assert not evaluate.judge(wrong, others, judge_model, batch=52).correct("direction").any()
+
+
+def test_digits_that_share_a_channel_are_refused():
+    caption = [data.Phrase.parse(f"a {colour} 3 moves left fast") for colour in ("red", "yellow")]
+    with pytest.raises(ValueError, match=r"a red 3.*a yellow 3.*share a channel"):
+        evaluate.by_digit(np.zeros((1, 17, 64, 64, 3), np.uint8), [caption])
 
 
 @pytest.mark.parametrize("level", [0, 128, 255], ids=["black", "grey", "white"])
@@ -137,7 +165,7 @@ def test_evaluate_generates_each_held_out_prompt_in_equal_batches(held_out, judg
 
     def generate(prompts, seed):
         calls.append((len(prompts), seed))
-        return draw(held_out, [data.Phrase.parse(p) for p in prompts], seed)
+        return draw(held_out, [data.parse_caption(p) for p in prompts], seed)
 
     result = evaluate.evaluate(generate, judge_model, n=50, seed=3, batch=16)
     assert result.frames.shape == (50, 17, 64, 64, 3)
