@@ -369,10 +369,11 @@ def _largest(rotated: Float32[Array, "m 128"], plan: Plan) -> Float32[Array, " p
 
 
 def rounded_inverse(scale: Float32[Array, " rows"], near: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
-    """1 / scale, correctly rounded (but next below a power of two), of one off by an ulp, as Mosaic GPU divides.
+    """1 / scale of one that is off by an ulp, as Mosaic GPU's division may be, correctly rounded.
 
-    One step of Newton's method, between 1 and 2. Its residual is exact: factors are taken in halves whose products are
-    float32, so that it does not matter which of these and of the sums become one instruction.
+    One step of Newton's method, between 1 and 2; its error decides where 1 / scale is within 2^-21 ulp of the middle of
+    two values. The residual is exact: factors are taken in halves whose products are float32, so that it does not
+    matter which of these and of the sums become one instruction.
 
     Args:
         scale: positive, up to 2^126, or infinite, or NaN.

@@ -16,7 +16,7 @@ from pallas_kernels.common import device, quantize_tile
 from pallas_kernels.common import reference as codecs
 from pallas_kernels.common import xla as xla_codecs
 from pallas_kernels.common.formats import NVFP4Array, hadamard_block
-from pallas_kernels.rotate_quantize import reference, rotate_quantize, shapes
+from pallas_kernels.rotate_quantize import pallas_mosaic_gpu, reference, rotate_quantize, shapes
 
 F32 = np.float32
 ROWS, SIZE = 7, 384
@@ -138,6 +138,22 @@ def test_mosaic_equals_the_reference_in_every_byte(rows, size):
         check(array, cases[name], 128, {"format": "int8"})
         check_statistics(statistics, wanted_statistics, size)
         assert np.isnan(array.scale).sum() == np.isnan(wanted.scale).sum()
+
+
+@pytest.mark.parametrize("ulps", [-1, 0, 1])
+def test_mosaic_inverse_is_rounded_correctly(ulps):
+    """Whatever the division's last bit is, but next to the middle of two values."""
+    rng = np.random.default_rng(0)
+    scale = np.ldexp(rng.uniform(1, 1.999, 200_000), rng.integers(-100, 125, 200_000)).astype(F32)
+    exact = 1 / scale.astype(np.float64)
+    wanted = exact.astype(F32)
+    near = (wanted.view(np.int32) + ulps).view(F32)
+    found = np.asarray(jax.jit(pallas_mosaic_gpu.rounded_inverse)(scale, near))
+    ulps_to_wanted = np.abs(exact - wanted) / np.spacing(wanted)
+    assert (0.5 - ulps_to_wanted[found != wanted] < 2.0**-21).all()
+    assert np.mean(found != wanted) < 1e-4
+    assert np.isnan(pallas_mosaic_gpu.rounded_inverse(jnp.full(1, jnp.nan), jnp.full(1, jnp.nan)))[0]
+    assert pallas_mosaic_gpu.rounded_inverse(jnp.full(1, jnp.inf), jnp.zeros(1))[0] == 0
 
 
 def test_mosaic_takes_batch_axes_and_vmap():
