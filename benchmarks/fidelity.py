@@ -390,7 +390,7 @@ class Study:
             self.keep(name, "reference", latents, time.monotonic() - began, **spent)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Frames, kept on the device: of some that went to the host and back while other rows ran, PSNR was of others."""
+        """Frames, kept on the device: of some that went to the host and back while a row ran, PSNR came out wrong."""
         return jnp.concatenate([decode_latents(self.pipe.vae, latents[i : i + 16]) for i in range(0, len(latents), 16)])
 
     def keep(
