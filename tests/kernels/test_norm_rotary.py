@@ -80,8 +80,9 @@ def test_jit_and_vmap(implementation):
     qkv, call = jnp.asarray(qkv), on_device(call)
     one = implementation(qkv, **call)
     many = jax.jit(jax.vmap(lambda x: implementation(x, **call)))(jnp.stack([qkv, qkv[::-1]]))
-    np.testing.assert_array_equal(many[0], one)
-    np.testing.assert_array_equal(many[1], one[::-1])
+    # Another program may round a last bit otherwise, on some CPUs.
+    assert error(many[0], one) <= TOLERANCE["bfloat16"]
+    assert error(many[1], one[::-1]) <= TOLERANCE["bfloat16"]
 
 
 @pytest.mark.parametrize("shape", shapes.FULL, ids=lambda s: s.name)
