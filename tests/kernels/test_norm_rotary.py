@@ -80,9 +80,11 @@ def test_jit_and_vmap(implementation):
     qkv, call = jnp.asarray(qkv), on_device(call)
     one = implementation(qkv, **call)
     many = jax.jit(jax.vmap(lambda x: implementation(x, **call)))(jnp.stack([qkv, qkv[::-1]]))
-    # Another program may round a last bit otherwise, on some CPUs.
-    assert error(many[0], one) <= TOLERANCE["bfloat16"]
-    assert error(many[1], one[::-1]) <= TOLERANCE["bfloat16"]
+    bits = (jax.lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) for x in (many, jnp.stack([one, one[::-1]])))
+    away = np.abs(np.subtract(*bits))
+    # Another program rounds one value in some ten thousand to the other neighbour, on some CPUs.
+    assert away.max() <= 1
+    assert away.mean() < 1e-3
 
 
 @pytest.mark.parametrize("shape", shapes.FULL, ids=lambda s: s.name)

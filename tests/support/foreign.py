@@ -75,11 +75,10 @@ def towards(x, h):
 
 @jax.jit
 def sample(split, policy, x):
-    """-> (x, trace) after all steps."""
+    """-> (x after each step, trace)."""
 
     def body(carry, index):
         x, state, trace = step(split, policy, *carry, index)
-        return (x, state), trace
+        return (x, state), (x, trace)
 
-    (x, _), trace = jax.lax.scan(body, (x, start(policy, x)), jnp.arange(STEPS, dtype=jnp.int32))
-    return x, trace
+    return jax.lax.scan(body, (x, start(policy, x)), jnp.arange(STEPS, dtype=jnp.int32))[1]

@@ -86,7 +86,7 @@ def blocks_of_any_model() -> None:
     found, trace = foreign.sample(model, policy, jax.device_put(x, NamedSharding(mesh, P("data"))))
     assert len(found.sharding.device_set) == 8
     np.testing.assert_array_equal(trace.bits, decided.bits)
-    assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)  # codes, as above
+    assert np.linalg.norm(found[-1] - wanted[-1]) < 0.05 * np.linalg.norm(wanted[-1])  # codes, as above
 
 
 CASES = {
