@@ -1,17 +1,23 @@
 """A published (diffusers) folder: which components it has, their configurations, and their tensors, lazily."""
 
+import collections
 import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
 
 from convert.components import MODELS, Component, abstract_state, checked_names, parse_config
 from convert.engine import Target, plan
 from convert.errors import CheckpointError, ConversionError, Problem
-from convert.readers import LazyTensor, open_weights, read_json, refuse_links_outside
+from convert.readers import DTYPES, LazyTensor, open_weights, read_json, refuse_links_outside, weight_files
 from convert.store import MANIFEST
 from sixbit_jax.config import SchedulerConfig
 from sixbit_jax.precision.calibration import FILE_NAME
@@ -55,8 +61,13 @@ class Published:
     tokenizer: Path | None
 
 
-def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = None) -> Path:
+def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = None, *, weights: bool = True) -> Path:
     """The local folder of `source`; a hub id `org/name` that is no local path is downloaded, without unused files.
+
+    Args:
+        source: a folder or a hub id.
+        components: names; None takes all.
+        weights: False leaves out what holds tensors, but for the tokenizer's.
 
     Raises:
         CheckpointError: if there is nothing of that name.
@@ -72,14 +83,36 @@ def locate(source: str | Path, components: tuple[str, ...] | list[str] | None = 
     for name in checked_names(components):
         if name in MODELS:
             stem = f"{name}/{MODELS[name].stem}"
-            patterns += [f"{name}/config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"]
-            patterns += [f"{stem}.safetensors.index.json", f"{name}/[0-9]*/*"]
+            patterns += [f"{name}/config.json", f"{stem}.safetensors.index.json"]
+            if weights:
+                patterns += [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{name}/[0-9]*/*"]
         else:
             patterns += [f"{name}/*"]
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{source}: no such local folder, and the hub did not give it: {error}") from error
+
+
+def hub_dtype_counts(repo: str, folder: Path, component: Component) -> dict[str, int]:
+    """Number of parameters per dtype name of a model on the hub, from the headers of its files.
+
+    Args:
+        repo: its hub id.
+        folder: where its JSON files are.
+        component: the model.
+
+    Raises:
+        CheckpointError: if a header cannot be had or read.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for file in weight_files(folder / component.name, component.stem):
+        try:
+            header = huggingface_hub.parse_safetensors_file_metadata(repo, f"{component.name}/{file}")
+        except (HfHubHTTPError, SafetensorsParsingError) as error:
+            raise CheckpointError(f"{repo}: the hub did not give the header of {file}: {error}") from error
+        counts.update({DTYPES[d].name if d in DTYPES else d: n for d, n in header.parameter_count.items()})
+    return dict(counts)
 
 
 def is_published(path: Path) -> bool:

@@ -130,6 +130,14 @@ def _index(path: Path, where: str) -> tuple[dict[str, str], list[Problem]]:
     return good, problems
 
 
+def weight_files(folder: Path, stem: str) -> list[str]:
+    """Names of the files that hold the weights of a component: as its index says, or the one file without an index."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return [f"{stem}.safetensors"]
+    return sorted(set(_index(index, f"{folder.name}/{index.name}")[0].values()))
+
+
 def open_weights(folder: Path, stem: str) -> tuple[dict[str, LazyTensor], list[Problem]]:
     """The tensors of one component folder: `<stem>.safetensors.index.json` and its shards, or `<stem>.safetensors`.
 

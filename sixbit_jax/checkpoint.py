@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from convert.components import MODELS, Component, abstract_module, checked_names, parse_config
 from convert.engine import build, checked_dtype, dotted, nest, to_diffusers
 from convert.errors import CheckpointError
-from convert.published import is_published, locate, open_published, parse_scheduler, plan_all
+from convert.published import hub_dtype_counts, is_published, locate, open_published, parse_scheduler, plan_all
 from convert.quantize import with_quantized_linears
 from convert.readers import dtype_counts
 from convert.rules_transformer import published_shapes
@@ -154,7 +154,10 @@ def _checked_kind(folder: Path) -> Path:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint of either kind holds, without reading any tensor.
+    """What a checkpoint of either kind holds, without reading any tensor; of one on the hub none is downloaded.
+
+    Args:
+        path: a folder, or a hub id `org/name`.
 
     Returns:
         `kind` ("sixbit" or "diffusers"), `path`, `components` (name -> `class`, `config`, `parameters`, `bytes`,
@@ -164,7 +167,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder is of neither kind, or not readable.
     """
-    folder = locate(path)
+    local = Path(path).is_dir()
+    folder = locate(path, weights=False)
     if is_ours(folder):
         manifest = read_manifest(folder)
         models = {}
@@ -178,7 +182,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     published = open_published(_checked_kind(folder))
     models = {}
     for name, part in published.parts.items():
-        counts = dtype_counts(part.tensors)
+        counts = dtype_counts(part.tensors) if local else hub_dtype_counts(str(path), folder, part.component)
         models[name] = {
             "class": part.component.class_name,
             "config": part.raw_config,

@@ -472,7 +472,7 @@ def info(
     from sixbit_jax import checkpoint
     from sixbit_jax.pipeline import find_model
 
-    typer.echo(json.dumps(checkpoint.describe(find_model(model)), indent=2))
+    typer.echo(json.dumps(find_model(model, checkpoint.describe), indent=2))
 
 
 def main() -> None:

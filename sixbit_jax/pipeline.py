@@ -107,17 +107,21 @@ def prompt_list(name: str, prompt: Any) -> list[str]:
     return list(prompts)
 
 
-def find_model(path: str | Path) -> Path:
-    """The folder of a model: "mini", a folder, or a hub id `org/name`, which is downloaded.
+def find_model[R](path: str | Path, use: Callable[[str | Path], R] = locate) -> R:
+    """What `use` makes of a model: by default its folder, to which a hub id `org/name` is downloaded.
+
+    Args:
+        path: "mini" for the one that ships with this package, a folder, or a hub id.
+        use: is given the folder or the hub id.
 
     Raises:
-        CheckpointError: if there is none of that name.
+        CheckpointError: if there is none of that name; or from `use`.
     """
-    if path == "mini":
-        return MINI_MODEL
     try:
-        return locate(path)
+        return use(MINI_MODEL if path == "mini" else path)
     except CheckpointError as error:
+        if Path(path).exists():
+            raise
         raise CheckpointError(f'{error} (the model that ships with this package is called "mini")') from error
 
 

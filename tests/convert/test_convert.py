@@ -10,6 +10,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import safetensors
 from flax import nnx
 from published_folder import edit_json, edit_tensors, sparse_transformer, write, write_text_encoder
 from typer.testing import CliRunner
@@ -148,9 +149,9 @@ def test_hub_ids_are_downloaded_without_what_is_not_needed(published, tmp_path, 
         store.MANIFEST,
         FILE_NAME,
         "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors.index.json",
         "vae/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model-*-of-*.safetensors",
-        "vae/diffusion_pytorch_model.safetensors.index.json",
         "vae/[0-9]*/*",
         "scheduler/*",
     ]
@@ -163,19 +164,56 @@ def test_hub_ids_are_downloaded_without_what_is_not_needed(published, tmp_path, 
         convert("some/model", tmp_path / "other", progress=False)
 
 
+def downloading(held, cache):
+    """A `snapshot_download` of the folder `held`, which copies what is asked for."""
+
+    def download(repo_id, *, allow_patterns):
+        names = [str(path.relative_to(held)) for path in held.rglob("*") if path.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(held / name, cache / name)
+        return str(cache)
+
+    return download
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "sixbit"])
+def test_a_model_on_the_hub_is_described_without_its_tensors(published, tmp_path, monkeypatch, kind):
+    held = published if kind == "diffusers" else convert(published, tmp_path / "ours", progress=False)
+    asked = []
+
+    def header(repo_id, filename):
+        asked.append(filename)
+        with safetensors.safe_open(held / filename, framework="numpy") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        about = {k: {"dtype": s.get_dtype(), "shape": s.get_shape(), "data_offsets": (0, 0)} for k, s in slices.items()}
+        tensors = {key: huggingface_hub.utils.TensorInfo(**values) for key, values in about.items()}
+        return huggingface_hub.utils.SafetensorsFileMetadata(metadata={}, tensors=tensors)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloading(held, tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", header)
+    found, wanted = checkpoint.describe("some/model"), checkpoint.describe(held)
+    assert found | {"path": wanted["path"]} == wanted
+    weights = {str(path.relative_to(held)) for path in held.glob("*/*.safetensors")}
+    assert set(asked) == weights
+    assert found["kind"] == kind
+    assert not [*(tmp_path / "cache").glob("*/*.safetensors"), *(tmp_path / "cache").glob("*/[0-9]*")]
+
+    def refused(repo_id, filename):
+        raise huggingface_hub.errors.SafetensorsParsingError("no header")
+
+    monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", refused)
+    if kind == "diffusers":
+        with pytest.raises(CheckpointError, match=r"some/model: the hub did not give the header of .*: no header"):
+            checkpoint.describe("some/model")
+
+
 def test_our_own_checkpoints_come_from_the_hub_too(published, tmp_path, monkeypatch):
     ours = convert(published, tmp_path / "ours", progress=False)
     for other in ("README.md", "transformer/notes.txt", FILE_NAME):
         (ours / other).write_text("x")
 
-    def download(repo_id, *, allow_patterns):
-        names = [str(path.relative_to(ours)) for path in ours.rglob("*") if path.is_file()]
-        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
-            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ours / name, tmp_path / "cache" / name)
-        return str(tmp_path / "cache")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloading(ours, tmp_path / "cache"))
     found, wanted = checkpoint.load("some/model"), checkpoint.load(ours)
     for name in ("transformer", "vae", "text_encoder"):
         states = [nnx.state(getattr(loaded, name)) for loaded in (found, wanted)]

@@ -91,8 +91,11 @@ def by_hand(split, policy, path):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_scan_is_the_loop_by_hand(model, name):
-    """A batch decided sample by sample, and a vmap over samples, both under jit. Each step by hand starts where the scan's
-    did: a last-bit difference becomes one of a whole code, in one step of a hundred, which later steps would amplify."""
+    """A batch decided sample by sample, and a vmap over samples, both under jit.
+
+    Each step by hand starts where the scan's did: in one step of a hundred a last-bit difference becomes one of a whole
+    code, which later steps would amplify.
+    """
     policy, x = POLICIES[name], foreign.noise(2)
     found, trace = foreign.sample(model, policy, x)
     mapped, traces = jax.vmap(lambda row: foreign.sample(model, policy, row[None]), out_axes=(1, 2))(x)
