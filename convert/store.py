@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import secrets
@@ -166,13 +167,19 @@ def write_model(
     }
 
 
-def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+def read_model(
+    folder: Path,
+    arrays: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    done: Callable[[int], object] = lambda nbytes: None,
+) -> dict[str, jax.Array]:
     """The parameters of one model, each restored straight to the default device.
 
     Args:
         folder: the model's folder.
         arrays: its entry in the manifest.
         shapes: dotted path -> anything with `shape` and `dtype`: what our module needs.
+        done: is called after each item with its bytes on disk.
 
     Raises:
         CheckpointError: lists every parameter that is missing, not used, or of another shape; or says which item
@@ -204,6 +211,7 @@ def read_model(folder: Path, arrays: Mapping[str, Any], shapes: Mapping[str, Any
                 for p in paths
             }
             out |= _restored(checkpointer, folder / name, ocp.args.PyTreeRestore(item=spec, restore_args=how))
+            done(sum(math.prod(wanted[p]) * jnp.dtype(arrays[p]["dtype"]).itemsize for p in paths))
     return out
 
 

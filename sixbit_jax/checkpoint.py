@@ -54,7 +54,11 @@ class Checkpoint:
 
 
 def load(
-    path: str | Path, *, dtype: Any = jnp.bfloat16, components: tuple[str, ...] | list[str] | None = None
+    path: str | Path,
+    *,
+    dtype: Any = jnp.bfloat16,
+    components: tuple[str, ...] | list[str] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Checkpoint:
     """Loads a checkpoint of either kind to the default device.
 
@@ -62,6 +66,7 @@ def load(
         path: a diffusers folder, a folder that `convert` wrote, or a hub id `org/name`.
         dtype: of parameters and of computation: float32, bfloat16 or float16.
         components: of "transformer", "vae", "text_encoder", "tokenizer", "scheduler"; None takes all there are.
+        progress: called with the bytes of parameters that are loaded, and those of all.
 
     Raises:
         CheckpointError: if the folder is of neither kind, lacks a component that was asked for, or holds one that
@@ -73,15 +78,24 @@ def load(
     if dtype is None:
         raise CheckpointError("dtype: None; a dtype to compute in is needed")
     folder = locate(path, components)
-    return Checkpoint(**(_load_ours if is_ours(folder) else _load_published)(folder, dtype, components))
+    return Checkpoint(**(_load_ours if is_ours(folder) else _load_published)(folder, dtype, components, progress))
 
 
-def _load_published(folder: Path, dtype: np.dtype, components: tuple[str, ...] | list[str] | None) -> dict[str, Any]:
+def _load_published(
+    folder: Path,
+    dtype: np.dtype,
+    components: tuple[str, ...] | list[str] | None,
+    progress: Callable[[int, int], object],
+) -> dict[str, Any]:
     published = open_published(_checked_kind(folder), components)
     parts: dict[str, Any] = {}
-    for name, targets in plan_all(published, dtype).items():
-        part = published.parts[name]
-        arrays = {target.path: jax.device_put(build(target, part.tensors)) for target in targets}
+    plans = plan_all(published, dtype)
+    done, total = 0, sum(target.nbytes for targets in plans.values() for target in targets)
+    for name, targets in plans.items():
+        part, arrays = published.parts[name], {}
+        for target in targets:
+            arrays[target.path] = jax.device_put(build(target, part.tensors))
+            progress(done := done + target.nbytes, total)
         parts[name] = _materialise(part.component, part.config, dtype, lambda shapes, arrays=arrays: arrays, None)
     if published.scheduler is not None:
         parts["scheduler"] = parse_scheduler(published.scheduler, folder / "scheduler" / "scheduler_config.json")
@@ -90,15 +104,25 @@ def _load_published(folder: Path, dtype: np.dtype, components: tuple[str, ...] |
     return parts
 
 
-def _load_ours(folder: Path, dtype: np.dtype, components: tuple[str, ...] | list[str] | None) -> dict[str, Any]:
+def _load_ours(
+    folder: Path,
+    dtype: np.dtype,
+    components: tuple[str, ...] | list[str] | None,
+    progress: Callable[[int, int], object],
+) -> dict[str, Any]:
     manifest, names = read_manifest(folder), checked_names(components)
     held = [*manifest["components"], *(name for name in ("tokenizer", "scheduler") if manifest[name] is not None)]
     if components is not None and (absent := [name for name in names if name not in held]):
         raise CheckpointError(f"{folder}: has no {', '.join(absent)}; it has {', '.join(held)}")
     parts: dict[str, Any] = {}
+    names = [name for name in names if name in held]
+    done, total = 0, sum(manifest["components"][name]["bytes"] for name in names if name in MODELS)
+
+    def read(nbytes: int) -> None:
+        nonlocal done
+        progress(done := done + nbytes, total)
+
     for name in names:
-        if name not in held:
-            continue
         if name == "scheduler":
             parts[name] = parse_scheduler(manifest["scheduler"], folder / "sixbit.json")
         elif name == "tokenizer":
@@ -108,7 +132,7 @@ def _load_ours(folder: Path, dtype: np.dtype, components: tuple[str, ...] | list
             config = parse_config(component, entry["config"], folder / "sixbit.json")
 
             def restore(shapes: Mapping[str, Any], name: str = name, entry: dict = entry) -> dict[str, jax.Array]:
-                return read_model(folder / name, entry["arrays"], shapes)
+                return read_model(folder / name, entry["arrays"], shapes, read)
 
             parts[name] = _materialise(component, config, dtype, restore, entry.get("quantized"))
     return parts

@@ -130,6 +130,19 @@ def _interruptible[R](function: Callable[[], R]) -> R:
         pool.shutdown(wait=False)
 
 
+def _load(model: str, **settings: Any) -> Any:
+    """`Pipeline.from_pretrained`, with a bar on a terminal where it takes more than a moment."""
+    from sixbit_jax.pipeline import Pipeline
+
+    with tqdm(desc="loading", unit="B", unit_scale=True, disable=None, delay=0.5) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return Pipeline.from_pretrained(model, progress=progress, **settings)
+
+
 def _with_scheduler(pipe: Any, scheduler: Scheduler | None) -> Any:
     """The pipeline with another sampler, if one is asked for."""
     import dataclasses
@@ -294,9 +307,7 @@ def generate(
         _enable_compilation_cache()
 
     def load(config: QuantizationConfig | None) -> Pipeline:
-        pipe = Pipeline.from_pretrained(
-            model, dtype=dtype.value, vae_tiling=vae_tiling, quantization=config, calibration=calibration
-        )
+        pipe = _load(model, dtype=dtype.value, vae_tiling=vae_tiling, quantization=config, calibration=calibration)
         return _with_scheduler(pipe, scheduler)
 
     pipe = load(config)
@@ -424,7 +435,7 @@ def calibrate(
         )
     from sixbit_jax import calibrate as calibration
     from sixbit_jax import video
-    from sixbit_jax.pipeline import Pipeline, find_model
+    from sixbit_jax.pipeline import find_model
     from sixbit_jax.precision.calibration import FILE_NAME
 
     texts = calibration.read_prompts(prompts)
@@ -437,7 +448,7 @@ def calibrate(
         raise
     if compilation_cache:
         _enable_compilation_cache()
-    pipe = _with_scheduler(Pipeline.from_pretrained(model, dtype=dtype.value, quantization="w4a16"), scheduler)
+    pipe = _with_scheduler(_load(model, dtype=dtype.value, quantization="w4a16"), scheduler)
     with tqdm(total=calibration.work(len(texts), points), desc="calibrating", unit="run", disable=None) as bar:
 
         def progress(what: str) -> None:

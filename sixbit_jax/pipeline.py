@@ -178,6 +178,7 @@ class Pipeline:
         vae_tiling: bool = False,
         quantization: str | QuantizationConfig | None = None,
         calibration: str | Path | Calibration | None = None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> "Pipeline":
         """Loads a diffusers folder, or one made by `sixbit convert`.
 
@@ -190,6 +191,7 @@ class Pipeline:
                 every second step adding what all blocks added at the last), "sixbit" (routed to a mean of 6 bits, with
                 blocks skipped as they allow it), or a `QuantizationConfig`. None leaves the model as it is.
             calibration: a file of `sixbit calibrate`; None takes the one in the folder, if there is one.
+            progress: called with the bytes of parameters that are loaded, and those of all.
 
         Raises:
             CheckpointError: if there is no such checkpoint, or it is not what it should be: says which file, key and
@@ -201,7 +203,7 @@ class Pipeline:
         folder = find_model(path)
         required = calibration is not None or (quantization is not None and quantization.needs_calibration)
         measured = _find_calibration(folder, calibration, required=required)
-        loaded = checkpoint.load(folder, dtype=dtype)
+        loaded = checkpoint.load(folder, dtype=dtype, progress=progress)
         if loaded.transformer is None or loaded.scheduler is None:
             held = ", ".join(name for name, part in vars(loaded).items() if part is not None) or "nothing"
             raise CheckpointError(f"{folder}: a pipeline needs a transformer and a scheduler; the folder holds {held}")

@@ -40,6 +40,19 @@ def test_both_kinds_load_the_same_bits(published, ours, dtype):
     assert len(direct.tokenizer(SENTENCE).input_ids) == 7
 
 
+@pytest.mark.parametrize("kind", ["diffusers", "sixbit"])
+def test_progress_is_in_bytes_of_what_is_loaded(published, ours, kind):
+    folder, parts = published if kind == "diffusers" else ours, ("transformer", "vae", "scheduler")
+    seen = []
+    checkpoint.load(folder, dtype="float32", components=parts, progress=lambda *bytes_: seen.append(bytes_))
+    held = checkpoint.describe(folder)["components"]
+    wanted = sum(held[name]["bytes"] for name in ("transformer", "vae"))
+    done, totals = zip(*seen, strict=True)
+    assert set(totals) == {wanted} == {done[-1]}
+    assert len(set(done)) == len(done) >= 2
+    assert list(done) == sorted(done)
+
+
 def test_storing_in_16_bits_is_loading_in_16_bits(published, tmp_path):
     half = checkpoint.load(convert(published, tmp_path / "half", dtype="bfloat16", progress=False))
     cast = checkpoint.load(published)

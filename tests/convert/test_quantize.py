@@ -76,6 +76,9 @@ def test_bytes_at_rest(published, tmp_path):
     assert arrays["blocks.ff_in.tensor_scale"] == {"shape": [3], "dtype": "float32", "item": codes["item"]}
     assert "blocks.norm1.linear" in entry["quantized"]["linears"]
     assert entry["bytes"] == sum(np.dtype(a["dtype"]).itemsize * int(np.prod(a["shape"])) for a in arrays.values())
+    seen = []
+    checkpoint.load(out, components=["transformer"], progress=lambda *done_of: seen.append(done_of))
+    assert seen[-1] == (entry["bytes"], entry["bytes"])
 
 
 def test_rounded_for_what_prompts_show(published, tmp_path):
