@@ -18,7 +18,7 @@ from convert.errors import CheckpointError
 from convert.published import locate
 from sixbit_jax import checkpoint
 from sixbit_jax.config import ConfigError, SchedulerConfig
-from sixbit_jax.errors import ArgumentError, CalibrationWarning, NonFiniteLatentsError, TruncatedPromptWarning
+from sixbit_jax.errors import ArgumentError, NonFiniteLatentsError, TruncatedPromptWarning
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.split import Split
 from sixbit_jax.models.t5 import T5EncoderModel
@@ -130,22 +130,6 @@ def _check_guidance(scale: float) -> None:
         raise ArgumentError(f"guidance_scale={scale} must be a finite number")
 
 
-def _find_calibration(folder: Path, given: str | Path | Calibration | None, *, required: bool) -> Calibration | None:
-    """The calibration given, else the one in the folder of the model, if there is one that can be read."""
-    if isinstance(given, Calibration):
-        return given
-    path = folder / calibrations.FILE_NAME if given is None else given
-    if not required and not Path(path).is_file():
-        return None
-    try:
-        return Calibration.load(path)
-    except CheckpointError as error:
-        if required:
-            raise
-        logger.warning("not used: %s", error)
-        return None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """A loaded CogVideoX checkpoint, ready to be called.
@@ -202,7 +186,7 @@ class Pipeline:
             quantization = QuantizationConfig.named(quantization)
         folder = find_model(path)
         required = calibration is not None or (quantization is not None and quantization.needs_calibration)
-        measured = _find_calibration(folder, calibration, required=required)
+        measured = calibrations.find(folder, calibration, required=required)
         loaded = checkpoint.load(folder, dtype=dtype, progress=progress)
         if loaded.transformer is None or loaded.scheduler is None:
             held = ", ".join(name for name, part in vars(loaded).items() if part is not None) or "nothing"
@@ -287,24 +271,6 @@ class Pipeline:
         if self.quantization is None:
             return None
         return solve(self.quantization, self.calibration, num_inference_steps)
-
-    def _compare_with_calibration(self, size: tuple[int, int, int], *, guided: bool) -> None:
-        """Warns if what decides in a run was measured in runs of another kind."""
-        if self.calibration is None or self.quantization is None or not self.quantization.needs_calibration:
-            return
-        settings = self.calibration.settings
-        measured = {
-            "scheduler": settings["scheduler"]["_class_name"],
-            "num_frames, height, width": tuple(settings[name] for name in ("num_frames", "height", "width")),
-            "guided": settings["guidance_scale"] > 1,
-        }
-        here = {"scheduler": self.scheduler.class_name, "num_frames, height, width": size, "guided": guided}
-        if found := [f"{name} {was}, not {here[name]}" for name, was in measured.items() if was != here[name]]:
-            warnings.warn(
-                f"{self.calibration.source}: was measured with {'; '.join(found)}: targets will be met roughly",
-                CalibrationWarning,
-                stacklevel=3,
-            )
 
     def __post_init__(self) -> None:
         """Checks that the models fit each other.
@@ -497,7 +463,9 @@ class Pipeline:
             raise ArgumentError(f"latents must be {[batch, *shape]} for this call, not {list(latents.shape)}")
         schedule = schedulers.make_schedule(self.scheduler, num_inference_steps)
         policy = self.policy(num_inference_steps)
-        self._compare_with_calibration((num_frames, height, width), guided=guidance_scale > 1)
+        if self.calibration is not None and self.quantization is not None and self.quantization.needs_calibration:
+            size = num_frames, height, width
+            self.calibration.warn_of_other_runs(self.scheduler.class_name, size, guided=guidance_scale > 1)
 
         timings: dict[str, float] = {}
         start = time.time()

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from convert.errors import CheckpointError
 from pallas_kernels.common.formats import NVFP4Array
 from pallas_kernels.common.xla import dequantize
 from sixbit_jax.config import TransformerConfig
-from sixbit_jax.errors import ArgumentError
+from sixbit_jax.errors import ArgumentError, CalibrationWarning
 from sixbit_jax.models.cogvideox import CogVideoXTransformer3DModel
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.models.split import Split
@@ -26,6 +28,7 @@ from sixbit_jax.precision.measuring import LOW_BIT, Measured
 from sixbit_jax.qtensor import QuantLinear
 from sixbit_jax.video import check_writable, replacing
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 """Version of the file's format. Files of another one are refused."""
 FILE_NAME = "calibration.safetensors"
@@ -237,6 +240,27 @@ class Calibration:
                 f"{self.source}: was made for another model: {'; '.join(found)}. Run `sixbit calibrate` for this one"
             )
 
+    def warn_of_other_runs(self, scheduler: str, size: tuple[int, int, int], *, guided: bool) -> None:
+        """Warns if a run differs from those that were measured.
+
+        Args:
+            scheduler: its class.
+            size: frames, height and width, in pixels.
+            guided: by the difference of two prompts.
+        """
+        measured = {
+            "scheduler": self.settings["scheduler"]["_class_name"],
+            "num_frames, height, width": tuple(self.settings[name] for name in ("num_frames", "height", "width")),
+            "guided": self.settings["guidance_scale"] > 1,
+        }
+        here = {"scheduler": scheduler, "num_frames, height, width": size, "guided": guided}
+        if found := [f"{name} {was}, not {here[name]}" for name, was in measured.items() if was != here[name]]:
+            warnings.warn(
+                f"{self.source}: was measured with {'; '.join(found)}: targets will be met roughly",
+                CalibrationWarning,
+                stacklevel=3,
+            )
+
     def __str__(self) -> str:
         steps = self.trace.volatility.shape[1]
         error = np.asarray(self.trace.error, np.float64).mean((0, 1, 2))
@@ -248,6 +272,31 @@ class Calibration:
             for i, site in enumerate(SITES)
         ]
         return "\n".join(rows)
+
+
+def find(folder: Path, given: str | Path | Calibration | None, *, required: bool) -> Calibration | None:
+    """The calibration given, else the one in the folder of a model, if there is one that can be read.
+
+    Args:
+        folder: the model's.
+        given: a calibration or its file; None looks in the folder.
+        required: not finding one is an error.
+
+    Raises:
+        CheckpointError: if one is required, and there is none that can be read.
+    """
+    if isinstance(given, Calibration):
+        return given
+    path = folder / FILE_NAME if given is None else given
+    if not required and not Path(path).is_file():
+        return None
+    try:
+        return Calibration.load(path)
+    except CheckpointError as error:
+        if required:
+            raise
+        logger.warning("not used: %s", error)
+        return None
 
 
 def _signed(values: np.ndarray) -> str:

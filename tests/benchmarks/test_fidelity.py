@@ -9,7 +9,7 @@ import numpy as np
 import policies
 import pytest
 
-from benchmarks import fidelity, fidelity_report
+from benchmarks import fidelity, fidelity_programs, fidelity_report
 from sixbit_jax.models.linears import SITES
 from sixbit_jax.precision import NeverSkip
 from sixbit_jax.precision.routers import INT8, NVFP4, SIXTEEN
@@ -79,7 +79,7 @@ def test_a_lane_is_a_run_of_the_sampler():
         for tau in (1e9, 0.0)
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
-    found, trace = fidelity.run_lanes(model, *arguments, stacked)
+    found, trace = fidelity_programs.run_lanes(model, *arguments, stacked)
     schedule, scale, latents, conditioning = arguments
     widths = set()
     for i, policy in enumerate(wanted):
