@@ -193,6 +193,12 @@ def enable_cache(model: CogVideoXTransformer3DModel, cache: str) -> collections.
     return called
 
 
+def contiguous(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook of the first block, which is given slices: with whole tensors, one compiled program serves all blocks."""
+    whole = lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return tuple(map(whole, args)), {name: whole(x) for name, x in kwargs.items()}
+
+
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor, or of the tensors that a quantised one is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -223,6 +229,7 @@ def measure(model: str, rival: Rival, device: str, calls: int, mode: str) -> Row
     if rival.compiled and (rival.cache or rival.linears != "bf16"):
         for block in transformer.transformer_blocks:
             block.forward = torch.compile(block.forward, **compiler)
+        transformer.transformer_blocks[0].register_forward_pre_hook(contiguous, with_kwargs=True)
     elif rival.compiled:
         forward = torch.compile(transformer, **compiler)
     on_gpu, seconds = device == "cuda", []
