@@ -120,7 +120,7 @@ def find_model[R](path: str | Path, use: Callable[[str | Path], R] = locate) -> 
     try:
         return use(MINI_MODEL if path == "mini" else path)
     except CheckpointError as error:
-        if Path(path).exists():
+        if Path(path).is_dir():
             raise
         raise CheckpointError(f'{error} (the model that ships with this package is called "mini")') from error
 
