@@ -191,7 +191,6 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder is of neither kind, or not readable.
     """
-    local = Path(path).is_dir()
     folder = locate(path, weights=False)
     if is_ours(folder):
         manifest = read_manifest(folder)
@@ -206,7 +205,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     published = open_published(_checked_kind(folder))
     models = {}
     for name, part in published.parts.items():
-        counts = dtype_counts(part.tensors) if local else hub_dtype_counts(str(path), folder, part.component)
+        here = Path(path).is_dir() or not part.problems  # or in the hub's cache, all files of it
+        counts = dtype_counts(part.tensors) if here else hub_dtype_counts(str(path), folder, part.component)
         models[name] = {
             "class": part.component.class_name,
             "config": part.raw_config,
