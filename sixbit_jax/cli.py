@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sixbit_jax
 from convert.__main__ import main as convert
-from sixbit_jax.command import run, say_interrupted, shows_user_errors
+from sixbit_jax.command import run, shows_user_errors
 from sixbit_jax.errors import SixbitWarning
 
 app = typer.Typer(
@@ -113,19 +113,10 @@ def _shown_in_one_line(category: type[Warning]) -> Iterator[None]:
 
 
 def _interruptible[R](function: Callable[[], R]) -> R:
-    """Calls `function` in a thread, since Ctrl-C does not reach a main thread that waits for a compiled program.
-
-    Ctrl-C ends the process at once, with exit code 130: XLA cannot stop a program that runs, and nothing is half
-    written yet. SIGTERM likewise, with 143.
-    """
+    """Calls `function` in a thread, since Ctrl-C does not reach a main thread that waits for a compiled program."""
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
         return pool.submit(function).result()
-    except KeyboardInterrupt:
-        say_interrupted()
-        os._exit(130)
-    except SystemExit as terminated:  # raised by our handler of SIGTERM, in this thread alone
-        os._exit(terminated.code if isinstance(terminated.code, int) else 1)
     finally:
         pool.shutdown(wait=False)
 

@@ -1,6 +1,7 @@
 """What the commands (`sixbit`, `python -m convert`) share: how they end."""
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -43,17 +44,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def say_interrupted() -> None:
-    """On stderr, on a line of its own: on a terminal there may be a progress bar."""
-    typer.echo(("\n" if sys.stderr.isatty() else "") + "interrupted", err=True)
-
-
 def run(app: typer.Typer) -> None:
     """Runs an app as this process. Ctrl-C and SIGTERM clean up and exit with 128 + the signal (130, 143).
 
-    Ctrl-C is told in one line. Two things can happen to the exception that a signal raises: a C extension that is being
-    imported makes an ImportError of it; and Python drops it where nothing can be raised, as in JAX's callback of the
-    garbage collector: then it is raised again, soon after.
+    Ctrl-C is told in one line, and what XLA still runs is not waited for. Two things can happen to the exception that a
+    signal raises: a C extension that is being imported makes an ImportError of it; and Python drops it where nothing
+    can be raised, as in JAX's callback of the garbage collector: then it is raised again, soon after.
     """
     signals: list[int] = []
 
@@ -81,6 +77,8 @@ def run(app: typer.Typer) -> None:
         app()
     finally:
         if signals:
-            if signals[0] == signal.SIGINT:
-                say_interrupted()
-            sys.exit(128 + signals[0])
+            if signals[0] == signal.SIGINT:  # on a line of its own: on a terminal there may be a progress bar
+                typer.echo(("\n" if sys.stderr.isatty() else "") + "interrupted", err=True)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signals[0])

@@ -3,6 +3,7 @@
 They are summed on the device while prompts are sampled in the model's own dtype; no activation is kept.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,6 +133,8 @@ def gather(
     moments = init(pipe.transformer)
     for index, prompt in enumerate(prompts):
         latents, moments = sample(pipe.transformer, moments, *run_inputs(index))
+        while not latents.is_ready():  # Ctrl-C does not reach a main thread that waits in XLA
+            time.sleep(0.02)
         if not bool(jnp.isfinite(latents).all()):
             raise ArgumentError(f"latents of {prompt!r} became NaN or Inf; gather in a wider dtype")
         if progress is not None:

@@ -37,17 +37,22 @@ def test_generate_while_it_samples(old):
     assert all(path.read_text() == "old" for path in old.iterdir())
 
 
-@pytest.mark.parametrize("moment", ["import", "write"])
+@pytest.mark.parametrize("moment", ["import", "sample", "write"])
 def test_convert(tmp_path, moment):
-    """While JAX is imported (its C extension makes an ImportError of it), and while parameters are written."""
+    """While JAX is imported (its C extension makes an ImportError of it), a prompt sampled, and files are written."""
     source = shutil.copytree(MINI_MODEL, tmp_path / "model")
     options = ["-X", "importtime"] if moment == "import" else []
     command = [sys.executable, *options, "-m", "sixbit_jax.cli", "convert", "--quiet", "--quantize", "nvfp4"]
+    environment = os.environ | ENVIRONMENT
+    if moment == "sample":
+        (source / "prompts.txt").write_text("a red 3 moves left fast")
+        command += ["--prompts", source / "prompts.txt", "--steps", "1000"]
+        environment |= {"JAX_LOG_COMPILES": "1"}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is there already is not compiled
     with open(tmp_path / "shown", "w") as shown:
-        process = subprocess.Popen(
-            [*command, source, tmp_path / "out"], stdout=shown, stderr=shown, env=os.environ | ENVIRONMENT
-        )
+        process = subprocess.Popen([*command, source, tmp_path / "out"], stdout=shown, stderr=shown, env=environment)
     reached = {
+        "sample": lambda: "Finished XLA compilation of jit(sample)" in (tmp_path / "shown").read_text(),
         "import": lambda: "jaxlib.version" in (tmp_path / "shown").read_text(),
         "write": lambda: list(tmp_path.glob(".out.*.partial/transformer")),
     }
@@ -59,7 +64,11 @@ def test_convert(tmp_path, moment):
     assert process.wait(60) == 130
     assert time.monotonic() - sent < SOON
     lines = (tmp_path / "shown").read_text().splitlines()
-    assert [line for line in lines if not line.startswith("import time:")] == ["interrupted"]
+    if moment == "sample":
+        assert lines[-1] == "interrupted"
+        assert not any("Traceback" in line for line in lines)
+    else:
+        assert [line for line in lines if not line.startswith("import time:")] == ["interrupted"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "shown"]
 
 
