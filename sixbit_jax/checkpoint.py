@@ -81,6 +81,18 @@ def load(
     return Checkpoint(**(_load_ours if is_ours(folder) else _load_published)(folder, dtype, components, progress))
 
 
+def _summed(progress: Callable[[int, int], object], total: int) -> Callable[[int], None]:
+    """Takes bytes as they come, and calls `progress` with their sum so far and `total`."""
+    done = 0
+
+    def more(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return more
+
+
 def _load_published(
     folder: Path,
     dtype: np.dtype,
@@ -90,12 +102,12 @@ def _load_published(
     published = open_published(_checked_kind(folder), components)
     parts: dict[str, Any] = {}
     plans = plan_all(published, dtype)
-    done, total = 0, sum(target.nbytes for targets in plans.values() for target in targets)
+    loaded = _summed(progress, sum(target.nbytes for targets in plans.values() for target in targets))
     for name, targets in plans.items():
         part, arrays = published.parts[name], {}
         for target in targets:
             arrays[target.path] = jax.device_put(build(target, part.tensors))
-            progress(done := done + target.nbytes, total)
+            loaded(target.nbytes)
         parts[name] = _materialise(part.component, part.config, dtype, lambda shapes, arrays=arrays: arrays, None)
     if published.scheduler is not None:
         parts["scheduler"] = parse_scheduler(published.scheduler, folder / "scheduler" / "scheduler_config.json")
@@ -116,12 +128,7 @@ def _load_ours(
         raise CheckpointError(f"{folder}: has no {', '.join(absent)}; it has {', '.join(held)}")
     parts: dict[str, Any] = {}
     names = [name for name in names if name in held]
-    done, total = 0, sum(manifest["components"][name]["bytes"] for name in names if name in MODELS)
-
-    def read(nbytes: int) -> None:
-        nonlocal done
-        progress(done := done + nbytes, total)
-
+    loaded = _summed(progress, sum(manifest["components"][name]["bytes"] for name in names if name in MODELS))
     for name in names:
         if name == "scheduler":
             parts[name] = parse_scheduler(manifest["scheduler"], folder / "sixbit.json")
@@ -132,7 +139,7 @@ def _load_ours(
             config = parse_config(component, entry["config"], folder / "sixbit.json")
 
             def restore(shapes: Mapping[str, Any], name: str = name, entry: dict = entry) -> dict[str, jax.Array]:
-                return read_model(folder / name, entry["arrays"], shapes, read)
+                return read_model(folder / name, entry["arrays"], shapes, loaded)
 
             parts[name] = _materialise(component, config, dtype, restore, entry.get("quantized"))
     return parts

@@ -78,13 +78,15 @@ def test_the_tolerance_notices(mutate):
 def test_jit_and_vmap(implementation):
     qkv, call = problem(shapes.SMALL[1])
     qkv, call = jnp.asarray(qkv), on_device(call)
-    one = implementation(qkv, **call)
+    one = jax.jit(lambda x: implementation(x, **call))(qkv)
     many = jax.jit(jax.vmap(lambda x: implementation(x, **call)))(jnp.stack([qkv, qkv[::-1]]))
-    bits = (jax.lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) for x in (many, jnp.stack([one, one[::-1]])))
-    away = np.abs(np.subtract(*bits))
-    # Another program rounds one value in some ten thousand to the other neighbour, on some CPUs.
-    assert away.max() <= 1
-    assert away.mean() < 1e-3
+    np.testing.assert_array_equal(many[0], one)
+    np.testing.assert_array_equal(many[1], one[::-1])
+    # On some CPUs its operations one by one round one value in some ten thousand to the other neighbour.
+    by_itself = implementation(qkv, **call)
+    away = np.subtract(*(jax.lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) for x in (by_itself, one)))
+    assert np.abs(away).max() <= 1
+    assert np.count_nonzero(away) < 1e-3 * away.size
 
 
 @pytest.mark.parametrize("shape", shapes.FULL, ids=lambda s: s.name)
