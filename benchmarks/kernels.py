@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes and interpreted kernels, for a CPU")
     parser.add_argument("--operations", nargs="+", help="only these, beside the copy; as the tables are headed")
-    parser.add_argument("--only", default="", help="only shapes whose name holds this, beside the copy")
+    parser.add_argument("--only", nargs="+", default=[], help="only shapes and types with all of this in their names")
     parser.add_argument("--run-ms", type=float, default=6.0, help="how long each of five timed runs takes, about")
     parser.add_argument("--threads", type=int, default=12, help="that compile")
     parser.add_argument("--out", type=Path, help="JSON to write; the tables go beside it as .md")
@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
             if group.jobs[0].operation == "copy"
             or (
                 (options.operations is None or group.jobs[0].operation in options.operations)
-                and options.only in group.jobs[0].shape
+                and all(part in f"{group.jobs[0].shape}, {group.jobs[0].target}" for part in options.only)
             )
         ]
         # Ceilings first, so that results can be kept after each operation.

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
 from pallas_kernels.common import device
 from pallas_kernels.common.formats import Int8Array
 from pallas_kernels.common.quantize_tile import FLOAT32_MAX
 from pallas_kernels.rotate_quantize import pallas_mosaic_gpu as rotation
-from pallas_kernels.rotate_quantize.pallas_mosaic_gpu import HADAMARD, MOST_BLOCKS, PIECE, ROWS, Plan
+from pallas_kernels.rotate_quantize.pallas_mosaic_gpu import HADAMARD, MOST_BLOCKS, ROWS, Plan
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 BLOCK_LAYOUT = plgpu.Layout.TILED(
@@ -182,41 +182,39 @@ def _kernel(
 
     def measure(tile, row, ring, out) -> rotation.KeepScale:
         blocks = [tile.at[pl.ds(block * ROWS, ROWS), :] for block in range(plan.blocks)]
-        made = _modulated(blocks, modulation, epsilon)
-        for first in range(0, plan.blocks, PIECE // ROWS):
-            piece = made[first : first + PIECE // ROWS]
-            tile.at[pl.ds(first * ROWS, len(piece) * ROWS), :][...] = jnp.concatenate(piece)
-        plgpu.commit_smem()
+        rows = out.at[:, pl.ds(0, ROWS)]
         sample = jax.lax.axis_index("sample")
         video_begins = sample * tokens + text_length
+
+        _modulate(blocks, blocks, modulation, epsilon)
 
         @pl.when((row < video_begins) & (row + ROWS > video_begins))
         def _():
             unchanged = [x.at[pl.ds(row, ROWS), block, :] for block in range(plan.blocks)]
             is_text = row + plgpu.broadcasted_iota(jnp.int32, (ROWS, HADAMARD), 0, layout=BLOCK_LAYOUT) < video_begins
-            of_video = _modulated(unchanged, gain_and_offset.at[2 * sample + 1], epsilon)
-            for block, values in zip(blocks, of_video, strict=True):
-                block[...] = jnp.where(is_text, plgpu.load(block, layout=BLOCK_LAYOUT), values)
-            plgpu.commit_smem()
+            _modulate(unchanged, blocks, gain_and_offset.at[2 * sample + 1], epsilon, unless=is_text)
 
-        total, most = _statistics(blocks)
-        finite = total <= FLOAT32_MAX  # comparisons with NaN are false
-        rows = out.at[:, pl.ds(0, ROWS)]
+        plgpu.commit_smem()
+        total, most = _statistics(tile, plan)
         rows[1], rows[2] = total, rotation.kept_maximum(total, most)
-        cleaned = rotation.any_row(rotation.needs_cleaning(finite, most), ring)
+        rotation.flag_rows(rotation.needs_cleaning(total <= FLOAT32_MAX, most), ring)
+        plgpu.commit_smem()
+        cleaned = rotation.any_row(ring)
 
         @pl.when(cleaned)
         def _():
-            rotation.clean(blocks, finite, BLOCK_LAYOUT)
-            flushed, _ = _statistics(blocks)
-            rows[1] = jnp.where(finite, flushed, total)
+            finite = _is_finite(rows)
+            rotation.clean(tile, finite, rows=ROWS, count=plan.blocks, layout=BLOCK_LAYOUT)
+            flushed, _ = _statistics(tile, plan)
+            rows[1] = jnp.where(finite, flushed, jnp.nan)
 
         def keep_scale(row_scale: Float32[Array, " piece"]) -> None:
             out[0] = row_scale
 
             @pl.when(cleaned)
             def _():
-                rows[0] = jnp.where(finite, plgpu.load(rows.at[0], layout=ROW_LAYOUT), jnp.nan)
+                plgpu.commit_smem()
+                rows[0] = jnp.where(_is_finite(rows), plgpu.load(rows.at[0], layout=ROW_LAYOUT), jnp.nan)
 
         return keep_scale
 
@@ -238,39 +236,48 @@ def _spread(values: Float32[Array, " n"], axis: int) -> Float32[Array, "8 128"]:
     return plgpu.layout_cast(jax.lax.broadcast_in_dim(values, (ROWS, HADAMARD), (axis,)), BLOCK_LAYOUT)
 
 
-def _modulated(blocks: list, modulation, epsilon: float) -> list[BFloat16[Array, "8 128"]]:
-    """Eight rows normalised and modulated, in float32, rounded once.
+def _is_finite(rows) -> Bool[Array, " 8"]:
+    """Of the rows whose statistics are kept; comparisons with NaN are false."""
+    return plgpu.load(rows.at[1], layout=ROW_LAYOUT) <= FLOAT32_MAX
+
+
+def _modulate(sources: list, blocks: list, modulation, epsilon: float, *, unless=None) -> None:
+    """Normalises and modulates eight rows in float32, and rounds once.
 
     Args:
-        blocks: references of these rows, [8, 128] for each block.
+        sources: references of these rows, [8, 128] for each block.
+        blocks: where the result goes.
         modulation: gains and offsets, [2, blocks, 128].
         epsilon: added to the variance.
+        unless: [8, 128], which rows stay as they are in `blocks`; None for none.
     """
     load = functools.partial(plgpu.load, optimized=False)  # there is no other for global memory
 
     def mean(values: list[Float32[Array, "8 128"]]) -> Float32[Array, " 8"]:
         return functools.reduce(jnp.add, values).sum(axis=1) * (1 / (len(blocks) * HADAMARD))
 
-    def value(block) -> Float32[Array, "8 128"]:
-        return load(block, layout=BLOCK_LAYOUT).astype(jnp.float32)
+    def value(source) -> Float32[Array, "8 128"]:
+        return load(source, layout=BLOCK_LAYOUT).astype(jnp.float32)
 
     def again(held: list[Float32[Array, "8 128"]]) -> list[Float32[Array, "8 128"]]:
         if len(blocks) > HELD:
             plgpu.commit_smem()  # past it, what was loaded before is loaded again rather than held
-        return held + [value(block) for block in blocks[HELD:]]
+        return held + [value(source) for source in sources[HELD:]]
 
-    values = [value(block) for block in blocks]
+    values = [value(source) for source in sources]
     centre = _spread(mean(values), 0)
     centred = [each - centre for each in again(values[:HELD])]
     inverse = _spread(jax.lax.rsqrt(mean([each * each for each in centred]) + epsilon), 0)
-    made = []
-    for block, each in enumerate(again(centred[:HELD])):
-        gain, offset = (_spread(load(modulation.at[index, block], layout=COLUMN_LAYOUT), 1) for index in range(2))
-        normalised = (each if block < HELD else each - centre) * inverse
-        made.append((normalised * gain + offset).astype(jnp.bfloat16))
-    return made
+    for index, (each, block) in enumerate(zip(again(centred[:HELD]), blocks, strict=True)):
+        gain, offset = (_spread(load(modulation.at[i, index], layout=COLUMN_LAYOUT), 1) for i in range(2))
+        normalised = (each if index < HELD else each - centre) * inverse
+        rounded = (normalised * gain + offset).astype(jnp.bfloat16)
+        if unless is not None:
+            rounded = jnp.where(unless, plgpu.load(block, layout=BLOCK_LAYOUT), rounded)
+        block[...] = rounded
 
 
-def _statistics(blocks: list) -> list[Float32[Array, " 8"]]:
+def _statistics(tile, plan: Plan) -> list[Float32[Array, " 8"]]:
     """The sum and the maximum of the magnitudes of each row of a tile."""
-    return rotation.magnitudes(plgpu.load(block, layout=BLOCK_LAYOUT) for block in blocks)
+    unroll = next(size for size in (4, 3, 2, 1) if plan.blocks % size == 0)
+    return rotation.magnitudes(tile, rows=ROWS, count=plan.blocks, unroll=unroll, layout=BLOCK_LAYOUT)

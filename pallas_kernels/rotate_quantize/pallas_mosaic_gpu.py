@@ -3,8 +3,11 @@
 A tile is eight rows of x, whole if a row has at most `MOST_BLOCKS` blocks of the rotation, else eight equal parts of
 rows, those of one row next to each other. In shared memory it is a matrix [blocks * 8, 128], block by block, so that a
 warpgroup rotates all of it with one wgmma by the Hadamard matrix, whose result it keeps in registers until the largest
-magnitude of each row is known: x is read once. Each of two warpgroups has every second tile, and a third one loads them
-through TMA.
+magnitude of each row is known: x is read once. Each of two warpgroups has every second tile; a third one loads them and
+stores their codes, through TMA.
+
+Pallas would put a barrier of the warpgroup before and after each store to shared memory; a `commit_smem` instead stands
+where one warp reads what another wrote, or writes what another read.
 
 Row i % 8 of the matrix belongs to row i % 8 of the tile. What is found for 64 of its rows at a time is therefore known
 of a row after a sum (or maximum) over places that are 8 apart, through shared memory.
@@ -13,7 +16,7 @@ of a row after a sum (or maximum) over places that are 8 apart, through shared m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -150,12 +153,12 @@ def scratch_types(plan: Plan, *, constants: int) -> dict[str, Any]:
             swizzled((SLOTS, 2 * plan.pieces, PIECE, HADAMARD), jnp.int8),
         ),
         "matrix": swizzled((HADAMARD, HADAMARD), jnp.bfloat16),
-        "rings": plgpu.SMEM((WARPGROUPS, 2, 2 * PIECE), jnp.float32),
-        "of_rows": plgpu.SMEM((WARPGROUPS, 3, PIECE), jnp.float32),
+        "rings": plgpu.SMEM((WARPGROUPS, 3, 2 * PIECE), jnp.float32),
+        "of_rows": plgpu.SMEM((SLOTS, 3, PIECE), jnp.float32),
         "constants_loaded": plgpu.Barrier(num_arrivals=constants),
         # A warpgroup counts what it waits for, so a slot has a barrier for each.
         "loaded": plgpu.Barrier(num_arrivals=plan.blocks, num_barriers=SLOTS * WARPGROUPS),
-        "free": plgpu.Barrier(num_barriers=SLOTS),
+        "quantized": plgpu.Barrier(num_barriers=SLOTS),
     }
 
 
@@ -165,7 +168,9 @@ def launch(*, interpret: bool) -> dict[str, Any]:
         "num_threads": WARPGROUPS + 1,
         "thread_name": "warpgroup",
         "interpret": plgpu.InterpretGPUParams() if interpret else None,
-        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        "compiler_params": plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
     }
 
 
@@ -177,11 +182,15 @@ def _kernel(x, hadamard, codes, scale, sums, largest, *, plan: Plan, **scratch):
         finite = total <= FLOAT32_MAX  # comparisons with NaN are false
         out[1], out[2] = total, kept_maximum(total, most)
 
-        @pl.when(any_row(needs_cleaning(finite, most), ring))
+        flag_rows(needs_cleaning(finite, most), ring)
+        plgpu.commit_smem()
+
+        @pl.when(any_row(ring))
         def _():
-            clean(pieces(tile, plan), finite, plgpu.Layout.WGMMA)
+            clean(tile, finite, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
             flushed, _ = _statistics(tile, ring, plan)
             out[1] = jnp.where(finite, flushed, total)
+            plgpu.commit_smem()
 
         def keep_scale(row_scale: Float32[Array, " piece"]) -> None:
             out[0] = jnp.where(finite, row_scale, jnp.nan)
@@ -217,7 +226,7 @@ def run(
     of_rows,
     constants_loaded,
     loaded,
-    free,
+    quantized,
 ) -> None:
     """Loads, rotates and quantises the tiles of a core, inside a kernel.
 
@@ -235,7 +244,7 @@ def run(
         measure: what to do with (tile, its first row, ring, out) before it is rotated; it may change the tile. It puts
             the statistics of its rows into the beginnings of out[1] and out[2], in shared memory. What it returns puts
             the scales into that of out[0].
-        tiles, matrix, rings, of_rows, constants_loaded, loaded, free: `scratch_types`.
+        tiles, matrix, rings, of_rows, constants_loaded, loaded, quantized: `scratch_types`.
     """
     warpgroup = jax.lax.axis_index("warpgroup")
     tiles, staged = tiles
@@ -243,34 +252,54 @@ def run(
     @pl.when(warpgroup == WARPGROUPS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
+        if plan.blocks * ROWS % PIECE:
+            for slot in range(SLOTS):
+                last = tiles.at[slot, pl.ds((plan.pieces - 1) * PIECE, PIECE), :]
+                last[...] = plgpu.layout_cast(jnp.zeros(last.shape, jnp.bfloat16), plgpu.Layout.WGMMA)
+            plgpu.commit_smem()
         for source, place in constants():
             plgpu.copy_gmem_to_smem(source, place, constants_loaded)
+
+        def store(turn):
+            slot, row = jax.lax.rem(turn, SLOTS), first_row(turn)
+            plgpu.barrier_wait(quantized.at[slot])
+            for index, values in enumerate(of_each_row):
+                source = of_rows.at[slot, index, pl.ds(0, ROWS)]
+                plgpu.copy_smem_to_gmem(source, values.at[pl.ds(row, ROWS)], commit_group=False)
+
+            @pl.loop(0, plan.blocks)
+            def _(block):
+                piece, place = jax.lax.div(block, PIECE // ROWS), jax.lax.rem(block, PIECE // ROWS)
+                source = staged.at[slot, piece, pl.ds(place * ROWS, ROWS), :]
+                plgpu.copy_smem_to_gmem(source, codes.at[pl.ds(row, ROWS), block, :], commit_group=False)
+
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.loop(0, own())
         def _(turn):
             slot = jax.lax.rem(turn, SLOTS)
-            rows = pl.ds(first_row(turn), ROWS)
-            plgpu.barrier_wait(free.at[slot])
+
+            @pl.when(turn >= SLOTS)
+            def _():
+                store(turn - SLOTS)
 
             @pl.loop(0, plan.blocks)
             def _(block):
                 place = tiles.at[slot, pl.ds(block * ROWS, ROWS), :]
-                plgpu.copy_gmem_to_smem(x.at[rows, block, :], place, loaded.at[jax.lax.rem(turn, SLOTS * WARPGROUPS)])
+                source = x.at[pl.ds(first_row(turn), ROWS), block, :]
+                plgpu.copy_gmem_to_smem(source, place, loaded.at[jax.lax.rem(turn, SLOTS * WARPGROUPS)])
+
+        @pl.loop(jnp.maximum(own() - SLOTS, 0), own())
+        def _(turn):
+            store(turn)
+
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         plgpu.set_max_registers(232, action="increase")
         ring = rings.at[warpgroup]
-
-        @pl.when(warpgroup == 0)
-        def _():
-            for slot in range(SLOTS):
-                if plan.blocks * ROWS % PIECE:
-                    last = tiles.at[slot, pl.ds((plan.pieces - 1) * PIECE, PIECE), :]
-                    last[...] = plgpu.layout_cast(jnp.zeros(last.shape, jnp.bfloat16), plgpu.Layout.WGMMA)
-                    plgpu.commit_smem()
-                plgpu.barrier_arrive(free.at[slot])
-
         plgpu.barrier_wait(constants_loaded)
 
         @pl.loop(0, pl.cdiv(own() - warpgroup, WARPGROUPS))
@@ -280,7 +309,7 @@ def run(
             slot = jax.lax.rem(turn, SLOTS)
             tile = tiles.at[slot]
             plgpu.barrier_wait(loaded.at[jax.lax.rem(turn, SLOTS * WARPGROUPS)])
-            out = of_rows.at[warpgroup]
+            out = of_rows.at[slot]
             keep_scale = measure(tile, row, ring, out)
 
             def product(accumulator):
@@ -301,26 +330,7 @@ def run(
                 rounded = units + zero + ROUNDER
                 staged.at[slot, piece][...] = jax.lax.bitcast_convert_type(rounded, jnp.int32).astype(jnp.int8)
             plgpu.commit_smem()
-            for index, values in enumerate(of_each_row):
-                source = out.at[index, pl.ds(0, ROWS)]
-                plgpu.copy_smem_to_gmem(source, values.at[pl.ds(row, ROWS)], commit_group=False)
-
-            @pl.loop(0, plan.blocks)
-            def _(block):
-                piece, place = jax.lax.div(block, PIECE // ROWS), jax.lax.rem(block, PIECE // ROWS)
-                source = staged.at[slot, piece, pl.ds(place * ROWS, ROWS), :]
-                plgpu.copy_smem_to_gmem(source, codes.at[pl.ds(row, ROWS), block, :], commit_group=False)
-
-            plgpu.commit_smem_to_gmem_group()
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(free.at[slot])
-
-        plgpu.wait_smem_to_gmem(0)
-
-
-def pieces(tile, plan: Plan) -> list:
-    """References of the pieces of a tile."""
-    return [tile.at[pl.ds(piece * PIECE, PIECE), :] for piece in range(plan.pieces)]
+            plgpu.barrier_arrive(quantized.at[slot])
 
 
 def kept_maximum(total: Float32[Array, " rows"], most: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
@@ -336,29 +346,50 @@ def needs_cleaning(finite: Bool[Array, " rows"], most: Float32[Array, " rows"]) 
 
 def _statistics(tile, ring, plan: Plan) -> list[Float32[Array, " piece"]]:
     """The sum and the maximum of the magnitudes of each row, as `_of_rows` gives them."""
-    loaded = (plgpu.load(piece, layout=plgpu.Layout.WGMMA) for piece in pieces(tile, plan))
-    return _of_rows(magnitudes(loaded), [jnp.add, jnp.maximum], ring, plan)
+    found = magnitudes(tile, rows=PIECE, count=plan.pieces, unroll=1, layout=plgpu.Layout.WGMMA)
+    return _of_rows(found, [jnp.add, jnp.maximum], ring, plan)
 
 
-def magnitudes(values: Iterable[BFloat16[Array, "m n"]]) -> list[Float32[Array, " m"]]:
-    """The sum and the maximum of |values| of each row, over arrays of these rows."""
-    absolute = [jnp.abs(each.astype(jnp.float32)) for each in values]
-    total, most = (functools.reduce(of, absolute) for of in (jnp.add, jnp.maximum))
+def magnitudes(tile, *, rows: int, count: int, unroll: int, layout) -> list[Float32[Array, " rows"]]:
+    """The sum and the maximum of |values| of each row, over parts of a tile that have the same rows.
+
+    Args:
+        tile: reference [rows * count, 128].
+        rows, count: of a part, and of parts.
+        unroll: parts in one turn of the loop. A kernel that is longer than the instruction cache waits for its code.
+        layout: to load them in.
+    """
+
+    def add(turn, found):
+        total, most = found
+        for ahead in range(unroll):
+            part = tile.at[pl.ds((turn * unroll + ahead) * rows, rows), :]
+            values = jnp.abs(plgpu.load(part, layout=layout).astype(jnp.float32))
+            total, most = total + values, jnp.maximum(most, values)
+        return total, most
+
+    none = plgpu.layout_cast(jnp.zeros((rows, HADAMARD), jnp.float32), layout)
+    total, most = jax.lax.fori_loop(0, count // unroll, add, (none, none))
     return [total.sum(axis=1), most.max(axis=1)]
 
 
-def clean(places: Sequence, finite: Bool[Array, " rows"], layout) -> None:
+def clean(tile, finite: Bool[Array, " rows"], *, rows: int, count: int, layout) -> None:
     """Rows that are not finite become zero, as do values that the definition flushes.
 
     Args:
-        places: references [rows, 128].
-        finite: whether each row is.
+        tile: reference [rows * count, 128].
+        finite: whether each row of a part is.
+        rows, count: of a part, and of parts.
         layout: to load them in, of which `finite` has the rows.
     """
-    for place in places:
-        values = plgpu.load(place, layout=layout).astype(jnp.float32)
+
+    @pl.loop(0, count)
+    def _(index):
+        part = tile.at[pl.ds(index * rows, rows), :]
+        values = plgpu.load(part, layout=layout).astype(jnp.float32)
         finite_values = plgpu.layout_cast(jax.lax.broadcast_in_dim(finite, values.shape, (0,)), layout)
-        place[...] = jnp.where((jnp.abs(values) >= FLUSH_BELOW) & finite_values, values, 0.0).astype(jnp.bfloat16)
+        part[...] = jnp.where((jnp.abs(values) >= FLUSH_BELOW) & finite_values, values, 0.0).astype(jnp.bfloat16)
+
     plgpu.commit_smem()
 
 
@@ -418,8 +449,8 @@ def _of_rows(
         functools.reduce(of, (load(index, ahead) for ahead in range(ROWS, PIECE, ROWS)), values)
         for index, (values, of) in enumerate(zip(found, combine, strict=True))
     ]
-    plgpu.commit_smem()
     if plan.parts > 1:
+        plgpu.commit_smem()
         put()
         place = jax.lax.rem(
             plgpu.broadcasted_iota(jnp.int32, (PIECE,), 0, layout=plgpu.Layout.WGMMA.reduce(1)), plan.parts
@@ -430,14 +461,14 @@ def _of_rows(
                 behind = PIECE + ahead - plan.parts  # the ring is a whole number of rows of x long
                 values = of(values, jnp.where(place + ahead < plan.parts, load(index, ahead), load(index, behind)))
             found[index] = values
-        plgpu.commit_smem()
     return found
 
 
-def any_row(flags: Bool[Array, " rows"], ring) -> Bool[Array, ""]:
+def flag_rows(flags: Bool[Array, " rows"], ring) -> None:
+    """Keeps a flag of each row of a tile."""
+    ring.at[2, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
+
+
+def any_row(ring) -> Bool[Array, ""]:
     """Whether any of the flags of a tile's rows is set, alike in all threads."""
-    ring.at[0, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
-    plgpu.commit_smem()
-    found = functools.reduce(jnp.add, [ring[0, row] for row in range(ROWS)])
-    plgpu.commit_smem()
-    return found > 0
+    return functools.reduce(jnp.add, [ring[2, row] for row in range(ROWS)]) > 0

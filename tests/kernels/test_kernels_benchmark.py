@@ -19,7 +19,7 @@ def test_command(tmp_path, capsys):
     out = tmp_path / "new" / "kernels.json"
     arguments = ["--tiny", "--run-ms", "0.1", "--out", str(out)]
     operations = ["nvfp4_cast", "plain matmul", "scaled_matmul", "whole linear"]
-    kernels.main([*arguments, "--operations", *operations, "--only", "odd rows"])
+    kernels.main([*arguments, "--operations", *operations, "--only", "odd rows", "int8"])
     record = json.loads(out.read_text())
     assert record["versions"]["jax"] == jax.__version__
     assert record["command"].startswith("python -m benchmarks.kernels --tiny --run-ms 0.1 --out ")
