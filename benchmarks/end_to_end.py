@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--caches", nargs="+", default=["nvfp4"], help="formats of the blocks' delta cache")
     parser.add_argument("--out", type=Path, help="JSON to write; the table and a picture go beside it")
     arguments = parser.parse_args(argv)
-    wanted = {name: getattr(arguments, name) for name in ("shares", "block_shares", "caches", "bits")}
+    wanted = {name: getattr(arguments, name) for name in ("caches", "bits")}
+    for name in ("shares", "block_shares"):  # rows are named by what comes of it: whole steps
+        wanted[name] = [round(share * arguments.steps) / arguments.steps for share in getattr(arguments, name)]
     found: list[Row] = []
     for model in arguments.models:
         for row in rows(model, arguments.steps, **wanted):
