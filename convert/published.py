@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
 
 from convert.components import MODELS, Component, abstract_state, checked_names, parse_config
 from convert.engine import Target, plan
@@ -104,7 +109,10 @@ def hub_dtype_counts(repo: str, folder: Path, component: Component) -> dict[str,
     for file in weight_files(folder / component.name, component.stem):
         try:
             header = huggingface_hub.parse_safetensors_file_metadata(repo, f"{component.name}/{file}")
-        except Exception as error:  # the errors of the hub's HTTP library are not of its interface
+        except (
+            *HfHubHTTPError.__bases__,
+            SafetensorsParsingError,
+        ) as error:  # whatever HTTP library the hub's is built on
             raise CheckpointError(f"{repo}: the hub did not give the header of {file}: {error}") from error
         counts.update({DTYPES[d].name if d in DTYPES else d: n for d, n in header.parameter_count.items()})
     return dict(counts)

@@ -197,9 +197,7 @@ def _kernel(
         plgpu.commit_smem()
         total, most = _statistics(tile, plan)
         rows[1], rows[2] = total, rotation.kept_maximum(total, most)
-        rotation.flag_rows(rotation.needs_cleaning(total <= FLOAT32_MAX, most), ring)
-        plgpu.commit_smem()
-        cleaned = rotation.any_row(ring)
+        cleaned = rotation.any_row(rotation.needs_cleaning(total <= FLOAT32_MAX, most), ring)
 
         @pl.when(cleaned)
         def _():

@@ -182,10 +182,7 @@ def _kernel(x, hadamard, codes, scale, sums, largest, *, plan: Plan, **scratch):
         finite = total <= FLOAT32_MAX  # comparisons with NaN are false
         out[1], out[2] = total, kept_maximum(total, most)
 
-        flag_rows(needs_cleaning(finite, most), ring)
-        plgpu.commit_smem()
-
-        @pl.when(any_row(ring))
+        @pl.when(any_row(needs_cleaning(finite, most), ring))
         def _():
             clean(tile, finite, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
             flushed, _ = _statistics(tile, ring, plan)
@@ -464,11 +461,8 @@ def _of_rows(
     return found
 
 
-def flag_rows(flags: Bool[Array, " rows"], ring) -> None:
-    """Keeps a flag of each row of a tile."""
-    ring.at[2, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
-
-
-def any_row(ring) -> Bool[Array, ""]:
+def any_row(flags: Bool[Array, " rows"], ring) -> Bool[Array, ""]:
     """Whether any of the flags of a tile's rows is set, alike in all threads."""
+    ring.at[2, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
+    plgpu.commit_smem()
     return functools.reduce(jnp.add, [ring[2, row] for row in range(ROWS)]) > 0

@@ -201,12 +201,15 @@ def test_a_model_on_the_hub_is_described_without_its_tensors(published, tmp_path
     if kind == "sixbit":
         return
 
-    def refused(repo_id, filename):
-        raise huggingface_hub.errors.SafetensorsParsingError("no header")
+    errors = huggingface_hub.errors
+    for kind in (errors.SafetensorsParsingError, errors.HfHubHTTPError.__bases__[0], ConnectionError):
 
-    monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", refused)
-    with pytest.raises(CheckpointError, match=r"some/model: the hub did not give the header of .*: no header"):
-        checkpoint.describe("some/model")
+        def refused(repo_id, filename, kind=kind):
+            raise kind("no header")
+
+        monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", refused)
+        with pytest.raises(CheckpointError, match=r"some/model: the hub did not give the header of .*: no header"):
+            checkpoint.describe("some/model")
     shutil.copytree(published, tmp_path / "cache", dirs_exist_ok=True)  # what was loaded before is read there
     assert checkpoint.describe("some/model")["components"] == wanted["components"]
 
