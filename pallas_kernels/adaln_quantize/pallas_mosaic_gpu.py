@@ -1,8 +1,9 @@
-"""`adaln_quantize` of bfloat16 to INT8 as one Pallas Mosaic GPU kernel: Hopper.
+"""`adaln_quantize` of bfloat16 to INT8, and to NVFP4 in a carrier, as one Pallas Mosaic GPU kernel: Hopper.
 
 The kernel of `rotate_quantize`, in which a tile is normalised and modulated in place between its loading and its
-rotation. For that a warp has two of the eight rows, all their blocks, in registers: sums over a row then need no shared
-memory, and two rows share each value that they are modulated with.
+rotation. For that a warp has two of the eight rows, a few blocks of them at a time, in registers: sums over a row then
+need no shared memory, and two rows share each value that they are modulated with. Statistics of the result are taken
+of registers on the way.
 
 All that a core does is text, or video, of one sample, so that it loads what multiplies and what is added to normalised
 values once. At most one tile of a sample has rows of both, and takes the other one's from global memory.
@@ -10,6 +11,7 @@ values once. At most one tile of a sample has rows of both, and takes the other 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.adaln_quantize.types import AdaptiveNorm
-from pallas_kernels.common import device
-from pallas_kernels.common.formats import Int8Array
+from pallas_kernels.common import device, encode_registers
+from pallas_kernels.common.formats import CarriedArray, Int8Array
 from pallas_kernels.common.quantize_tile import FLOAT32_MAX
 from pallas_kernels.rotate_quantize import pallas_mosaic_gpu as rotation
 from pallas_kernels.rotate_quantize.pallas_mosaic_gpu import HADAMARD, MOST_BLOCKS, ROWS, Plan
@@ -32,16 +34,22 @@ BLOCK_LAYOUT = plgpu.Layout.TILED(
 """Of a block of a tile: a warp has two of the rows, a thread four columns of both."""
 ROW_LAYOUT = BLOCK_LAYOUT.reduce(1)
 COLUMN_LAYOUT = BLOCK_LAYOUT.reduce(0)
-HELD = 20
-"""Blocks that stay in registers while a tile is normalised; more would leave none for anything else."""
+UNROLLS = (4, 3, 2, 1)
+"""Blocks of one turn of a loop: a kernel longer than the instruction cache waits for its code."""
 
 
 def refusal(
-    x: Float[Array, "batch tokens dim"], norm: AdaptiveNorm, *, format: str, hadamard: int, **options: Any
+    x: Float[Array, "batch tokens dim"],
+    norm: AdaptiveNorm,
+    *,
+    format: str,
+    hadamard: int,
+    four_over_six: bool = False,
+    carrier: str | None = None,
 ) -> str | None:
     """See `common.choice.Implementation`."""
     _, tokens, dim = x.shape
-    if (reason := rotation.format_refusal(x, format=format, hadamard=hadamard)) is not None:
+    if (reason := rotation.format_refusal(x, format, carrier, hadamard, four_over_six=four_over_six)) is not None:
         return reason
     if dim > MOST_BLOCKS * HADAMARD:
         return f"a row may have at most {MOST_BLOCKS} blocks of {HADAMARD}, not {dim} values"
@@ -51,8 +59,14 @@ def refusal(
 
 
 def adaln_quantize(
-    x: Float[Array, "batch tokens dim"], norm: AdaptiveNorm, *, format: str, hadamard: int, **options: Any
-) -> tuple[Int8Array, RowStatistics]:
+    x: Float[Array, "batch tokens dim"],
+    norm: AdaptiveNorm,
+    *,
+    format: str,
+    hadamard: int,
+    carrier: str | None = None,
+    **options: Any,
+) -> tuple[Int8Array | CarriedArray, RowStatistics]:
     """See `api.adaln_quantize`; the rotation is within `quantize_tile.ROTATION_BOUND`."""
     interpret = device.interpreting()
     return _adaln_quantize(
@@ -60,6 +74,7 @@ def adaln_quantize(
         _gain_and_offset(norm),
         text_length=norm.text_length,
         epsilon=norm.epsilon,
+        target=carrier or format,
         cores=4 if interpret else device.core_count(),
         interpret=interpret,
     )
@@ -115,35 +130,41 @@ class _OfCore:
     own: Int32[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("text_length", "epsilon", "cores", "interpret"))
+@functools.partial(jax.jit, static_argnames=("text_length", "epsilon", "target", "cores", "interpret"))
 def _adaln_quantize(
     x: Float[Array, "batch tokens dim"],
     gain_and_offset: Float32[Array, "batch kind 2 dim"],
     *,
     text_length: int,
     epsilon: float,
+    target: str,
     cores: int,
     interpret: bool,
-) -> tuple[Int8Array, RowStatistics]:
+) -> tuple[Int8Array | CarriedArray, RowStatistics]:
     batch, tokens, dim = x.shape
-    plan = Plan(rows=batch * tokens, parts=1, blocks=dim // HADAMARD)
+    blocks = dim // HADAMARD
+    plan = Plan(rows=batch * tokens, parts=1, blocks=blocks, target=target, interpret=interpret, constants=2 * dim * 4)
     share = _share(tokens, text_length, max(cores // batch, 2))
     split = (plan.rows, plan.blocks, HADAMARD)
-    a_row = jax.ShapeDtypeStruct((plan.rows,), jnp.float32)
     codes, *found = plgpu.kernel(
-        functools.partial(_kernel, plan=plan, share=share, tokens=tokens, text_length=text_length, epsilon=epsilon),
-        out_type=(jax.ShapeDtypeStruct(split, jnp.int8), a_row, a_row, a_row),
+        functools.partial(
+            _kernel,
+            plan=plan,
+            share=share,
+            tokens=tokens,
+            text_length=text_length,
+            epsilon=epsilon,
+        ),
+        out_type=rotation.result_types(plan),
         scratch_types={
             **rotation.scratch_types(plan, constants=2),
-            "modulation": plgpu.SMEM((2, plan.blocks, HADAMARD), jnp.float32),
+            "modulation": plgpu.SMEM((2, blocks, HADAMARD), jnp.float32),
         },
         grid=(batch, sum(share.cores)),
         grid_names=("sample", "core"),
-        **rotation.launch(interpret=interpret),
+        **rotation.launch(plan),
     )(x.reshape(split), rotation.rotation(), gain_and_offset.reshape(2 * batch, 2, *split[1:]))
-    scale, sums, largest = (values.reshape(batch, tokens) for values in found)
-    array = Int8Array(codes=codes.reshape(x.shape), scale=scale, hadamard=HADAMARD)
-    return array, RowStatistics(sum_abs=sums, max_abs=largest)
+    return rotation.results(codes.reshape(x.shape), [values.reshape(batch, tokens) for values in found], plan)
 
 
 @jax.jit
@@ -180,41 +201,50 @@ def _kernel(
         first = sample * (tokens // ROWS) + video * share.tiles[0] + place
         return _OfCore(modulation=2 * sample + video, first=first, step=cores, own=pl.cdiv(tiles - place, cores))
 
-    def measure(tile, row, ring, out) -> rotation.KeepScale:
-        blocks = [tile.at[pl.ds(block * ROWS, ROWS), :] for block in range(plan.blocks)]
+    def measure(tile, row, ring, out) -> tuple[Bool[Array, ""], rotation.KeepScale]:
         rows = out.at[:, pl.ds(0, ROWS)]
         sample = jax.lax.axis_index("sample")
         video_begins = sample * tokens + text_length
 
-        _modulate(blocks, blocks, modulation, epsilon)
+        def block(index):
+            return tile.at[pl.ds(index * ROWS, ROWS), :]
 
-        @pl.when((row < video_begins) & (row + ROWS > video_begins))
-        def _():
-            unchanged = [x.at[pl.ds(row, ROWS), block, :] for block in range(plan.blocks)]
+        def modulate() -> rotation.Found:
+            return _modulate(block, block, modulation, plan, epsilon)
+
+        def modulate_both() -> rotation.Found:
+            modulate()
             is_text = row + plgpu.broadcasted_iota(jnp.int32, (ROWS, HADAMARD), 0, layout=BLOCK_LAYOUT) < video_begins
-            _modulate(unchanged, blocks, gain_and_offset.at[2 * sample + 1], epsilon, unless=is_text)
 
-        plgpu.commit_smem()
-        total, most = _statistics(tile, plan)
+            def unchanged(index):
+                return x.at[pl.ds(row, ROWS), index, :]
+
+            other = gain_and_offset.at[2 * sample + 1]
+            return _modulate(unchanged, block, other, plan, epsilon, unless=is_text)
+
+        both = (row < video_begins) & (row + ROWS > video_begins)
+        total, most, *least = rotation.reduced(jax.lax.cond(both, modulate_both, modulate))
         rows[1], rows[2] = total, rotation.kept_maximum(total, most)
-        cleaned = rotation.any_row(rotation.needs_cleaning(total <= FLOAT32_MAX, most), ring)
+        unusual = rotation.any_row(rotation.needs_cleaning(total <= FLOAT32_MAX, most, *least), ring)
 
-        @pl.when(cleaned)
+        @pl.when(unusual)
         def _():
             finite = _is_finite(rows)
-            rotation.clean(tile, finite, rows=ROWS, count=plan.blocks, layout=BLOCK_LAYOUT)
-            flushed, _ = _statistics(tile, plan)
-            rows[1] = jnp.where(finite, flushed, jnp.nan)
+            rotation.clean(tile, finite, plan, rows=ROWS, count=plan.blocks, layout=BLOCK_LAYOUT)
+            found = rotation.nothing_found(plan, rows=ROWS, layout=BLOCK_LAYOUT)
+            found = rotation.magnitudes(found, tile, rows=ROWS, count=plan.blocks, unroll=1, layout=BLOCK_LAYOUT)
+            rows[1] = jnp.where(finite, rotation.reduced(found)[0], jnp.nan)
 
         def keep_scale(row_scale: Float32[Array, " piece"]) -> None:
             out[0] = row_scale
+            if plan.target == "int8":
 
-            @pl.when(cleaned)
-            def _():
-                plgpu.commit_smem()
-                rows[0] = jnp.where(_is_finite(rows), plgpu.load(rows.at[0], layout=ROW_LAYOUT), jnp.nan)
+                @pl.when(unusual)
+                def _():
+                    plgpu.commit_smem()
+                    rows[0] = jnp.where(_is_finite(rows), plgpu.load(rows.at[0], layout=ROW_LAYOUT), jnp.nan)
 
-        return keep_scale
+        return unusual, keep_scale
 
     rotation.run(
         x,
@@ -239,43 +269,60 @@ def _is_finite(rows) -> Bool[Array, " 8"]:
     return plgpu.load(rows.at[1], layout=ROW_LAYOUT) <= FLOAT32_MAX
 
 
-def _modulate(sources: list, blocks: list, modulation, epsilon: float, *, unless=None) -> None:
+def _modulate(
+    source: Callable, block: Callable, modulation, plan: Plan, epsilon: float, *, unless=None
+) -> rotation.Found:
     """Normalises and modulates eight rows in float32, and rounds once.
 
     Args:
-        sources: references of these rows, [8, 128] for each block.
-        blocks: where the result goes.
+        source: of an index, the reference of a block of these rows, [8, 128].
+        block: of an index, where its result goes.
         modulation: gains and offsets, [2, blocks, 128].
+        plan: sizes.
         epsilon: added to the variance.
-        unless: [8, 128], which rows stay as they are in `blocks`; None for none.
+        unless: [8, 128], which rows stay as they are in `block`; None for none.
+
+    Returns:
+        what is found of the results.
     """
     load = functools.partial(plgpu.load, optimized=False)  # there is no other for global memory
+    unroll = next(size for size in UNROLLS if plan.blocks % size == 0)
 
-    def mean(values: list[Float32[Array, "8 128"]]) -> Float32[Array, " 8"]:
-        return functools.reduce(jnp.add, values).sum(axis=1) * (1 / (len(blocks) * HADAMARD))
+    def values(index) -> Float32[Array, "8 128"]:
+        return load(source(index), layout=BLOCK_LAYOUT).astype(jnp.float32)
 
-    def value(source) -> Float32[Array, "8 128"]:
-        return load(source, layout=BLOCK_LAYOUT).astype(jnp.float32)
+    def over_row(values: Float32[Array, "8 128"]) -> Float32[Array, "8 128"]:
+        return _spread(values.sum(axis=1) * (1 / (plan.blocks * HADAMARD)), 0)
 
-    def again(held: list[Float32[Array, "8 128"]]) -> list[Float32[Array, "8 128"]]:
-        if len(blocks) > HELD:
-            plgpu.commit_smem()  # past it, what was loaded before is loaded again rather than held
-        return held + [value(source) for source in sources[HELD:]]
+    # Each place in a block has a mean and squares about it, in one pass: of differences to its value in the first one.
+    first = values(0)
 
-    values = [value(source) for source in sources]
-    centre = _spread(mean(values), 0)
-    centred = [each - centre for each in again(values[:HELD])]
-    inverse = _spread(jax.lax.rsqrt(mean([each * each for each in centred]) + epsilon), 0)
-    for index, (each, block) in enumerate(zip(again(centred[:HELD]), blocks, strict=True)):
-        gain, offset = (_spread(load(modulation.at[i, index], layout=COLUMN_LAYOUT), 1) for i in range(2))
-        normalised = (each if index < HELD else each - centre) * inverse
-        rounded = (normalised * gain + offset).astype(jnp.bfloat16)
-        if unless is not None:
-            rounded = jnp.where(unless, plgpu.load(block, layout=BLOCK_LAYOUT), rounded)
-        block[...] = rounded
+    def add(turn, sums):
+        total, squares = sums
+        for ahead in range(unroll):
+            difference = values(turn * unroll + ahead) - first
+            total, squares = total + difference, squares + difference * difference
+        return total, squares
 
+    none = plgpu.layout_cast(jnp.zeros((ROWS, HADAMARD), jnp.float32), BLOCK_LAYOUT)
+    total, squares = jax.lax.fori_loop(0, plan.blocks // unroll, add, (none, none))
+    means = first + total * (1 / plan.blocks)
+    squares = jnp.where(squares <= FLOAT32_MAX, squares - total * (total * (1 / plan.blocks)), squares)
+    centre = over_row(means * plan.blocks)
+    squares = jnp.maximum(squares, 0.0) + (means - centre) * (means - centre) * plan.blocks
+    inverse = jax.lax.rsqrt(over_row(squares) + epsilon)
 
-def _statistics(tile, plan: Plan) -> list[Float32[Array, " 8"]]:
-    """The sum and the maximum of the magnitudes of each row of a tile."""
-    unroll = next(size for size in (4, 3, 2, 1) if plan.blocks % size == 0)
-    return rotation.magnitudes(tile, rows=ROWS, count=plan.blocks, unroll=unroll, layout=BLOCK_LAYOUT)
+    def modulate(turn, found: rotation.Found) -> rotation.Found:
+        for index in (turn * unroll + ahead for ahead in range(unroll)):
+            gain, offset = (_spread(load(modulation.at[i, index], layout=COLUMN_LAYOUT), 1) for i in range(2))
+            modulated = (values(index) - centre) * inverse * gain + offset
+            rounded, wide = encode_registers.bfloat16(modulated, BLOCK_LAYOUT, interpret=plan.interpret)
+            if unless is not None:
+                rounded = jnp.where(unless, plgpu.load(block(index), layout=BLOCK_LAYOUT), rounded)
+                wide = rounded.astype(jnp.float32)
+            block(index)[...] = rounded
+            found = found.and_of(rounded, wide)
+        return found
+
+    nothing = rotation.nothing_found(plan, rows=ROWS, layout=BLOCK_LAYOUT)
+    return jax.lax.fori_loop(0, plan.blocks // unroll, modulate, nothing)

@@ -1,13 +1,16 @@
-"""`rotate_quantize` of bfloat16 to INT8 as one Pallas Mosaic GPU kernel: Hopper.
+"""`rotate_quantize` of bfloat16 to INT8, and to NVFP4 in a carrier, as one Pallas Mosaic GPU kernel: Hopper.
 
 A tile is eight rows of x, whole if a row has at most `MOST_BLOCKS` blocks of the rotation, else eight equal parts of
-rows, those of one row next to each other. In shared memory it is a matrix [blocks * 8, 128], block by block, so that a
-warpgroup rotates all of it with one wgmma by the Hadamard matrix, whose result it keeps in registers until the largest
-magnitude of each row is known: x is read once. Each of two warpgroups has every second tile; a third one loads them and
-stores their codes, through TMA.
+rows, those of one row next to each other. In shared memory it is a matrix [blocks * 8, 128], block by block, whose
+halves [blocks * 8, 64] a warpgroup multiplies by the Hadamard matrix of 64; sum and difference of both products are the
+rotation. x is read once. Warpgroups take tiles in turn; one more loads them and stores their codes, through TMA.
 
-Pallas would put a barrier of the warpgroup before and after each store to shared memory; a `commit_smem` instead stands
-where one warp reads what another wrote, or writes what another read.
+For INT8 the products of a tile stay in registers until the largest magnitude of each row is known. For NVFP4 they are
+made again, 64 rows of the matrix at a time: its codes take many instructions, which for a whole tile in a row would be
+more than the instruction cache has room for, and loops over few registers leave room for a third warpgroup.
+
+Pallas would put a barrier of the warpgroup before and after each store to shared memory; a barrier instead stands where
+one warp reads what another wrote, or writes what another read, and `commit_smem` where wgmma or TMA reads it.
 
 Row i % 8 of the matrix belongs to row i % 8 of the tile. What is found for 64 of its rows at a time is therefore known
 of a row after a sum (or maximum) over places that are 8 apart, through shared memory.
@@ -24,27 +27,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32, UInt16
 
-from pallas_kernels.common import device
-from pallas_kernels.common.formats import FLUSH_BELOW, INT8_MAX, MIN_SCALE, Int8Array, sylvester
-from pallas_kernels.common.quantize_tile import FLOAT32_MAX, ROUNDER
+from pallas_kernels.common import device, encode_registers
+from pallas_kernels.common.formats import (
+    CARRIERS,
+    E2M1_MAX,
+    E4M3_MAX,
+    FLUSH_BELOW,
+    FP8_CARRIER_SHIFT,
+    INT8_MAX,
+    MIN_SCALE,
+    CarriedArray,
+    Int8Array,
+    sylvester,
+)
+from pallas_kernels.common.quantize_tile import FLOAT32_MAX
 from pallas_kernels.common.shared_memory import swizzled
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 HADAMARD = 128
+HALF = HADAMARD // 2
 ROWS = 8
 """Of a tile: as many as an atom of the swizzled layout has."""
 PIECE = 64
-"""Rows of the matrix that a warpgroup has in registers at a time, besides the product."""
+"""Rows of the matrix that a warpgroup encodes at a time."""
 MOST_BLOCKS = 24
 """Of a tile's row: a product of 24 * 8 rows fills the registers."""
 PARTS = (1, 2, 4, 8)
-WARPGROUPS = 2
-SLOTS = 3
-"""Tiles in shared memory."""
+MOST_SLOTS = 4
+SHARED_MEMORY = 223 * 1024
+"""Of a core, less what barriers and alignment take."""
+REGISTERS = {2: 232, 3: 152}
+"""Of a thread, by how many warpgroups quantise."""
+TARGETS = ("int8", *CARRIERS)
 MAYBE_FLUSHED = 2.0**-60
-"""Beside larger values, those that the definition flushes to zero are lost in rounding."""
+"""Beside larger values, those that the definition flushes to zero are lost in rounding to INT8."""
 KeepScale = Callable[[Float32[Array, " piece"]], None]
 
 
@@ -53,13 +71,18 @@ def refusal(
     *,
     format: str,
     hadamard: int,
-    **options,
+    tensor_scale: Float[Array, "*leading"] | None = None,
+    scale_dims: int = 0,
+    four_over_six: bool = False,
+    carrier: str | None = None,
 ) -> str | None:
     """See `common.choice.Implementation`."""
     *rows, k = x.shape
-    if (reason := format_refusal(x, format=format, hadamard=hadamard)) is not None:
+    if (reason := format_refusal(x, format, carrier, hadamard, four_over_six=four_over_six)) is not None:
         return reason
-    plan = plan_of(math.prod(rows), k)
+    if format == "nvfp4" and (tensor_scale is not None or scale_dims < len(rows)):
+        return "it gives each row a tensor scale of its own"
+    plan = plan_of(math.prod(rows), k, "int8")
     if plan is None:
         return f"a row of {k} does not come to equal parts of at most {MOST_BLOCKS} blocks"
     if plan.rows % ROWS:
@@ -67,34 +90,67 @@ def refusal(
     return device.refusal(at_least=(9, 0), below=(10, 0))
 
 
-def format_refusal(x: Float[Array, "..."], *, format: str, hadamard: int) -> str | None:
+def format_refusal(
+    x: Float[Array, "..."], format: str, carrier: str | None, hadamard: int, *, four_over_six: bool
+) -> str | None:
     """Why x is not rotated and quantised so by this kernel."""
-    if format != "int8" or x.dtype != jnp.bfloat16 or hadamard != HADAMARD:
-        return f"it makes INT8 of bfloat16 rotated by blocks of {HADAMARD}, here {format} of {x.dtype} by {hadamard}"
+    target = carrier or format
+    if target not in TARGETS or four_over_six or x.dtype != jnp.bfloat16 or hadamard != HADAMARD:
+        kind = f"{target}{', four over six,' if four_over_six else ''} of {x.dtype} by {hadamard}"
+        return f"it makes {', '.join(TARGETS)} of bfloat16 rotated by blocks of {HADAMARD}, here {kind}"
     return None
 
 
 def rotate_quantize(
-    x: Float[Array, "*rows k"], *, format: str, hadamard: int, **options
-) -> tuple[Int8Array, RowStatistics]:
+    x: Float[Array, "*rows k"], *, format: str, hadamard: int, carrier: str | None = None, **options
+) -> tuple[Int8Array | CarriedArray, RowStatistics]:
     """See `api.rotate_quantize`; the rotation is within `quantize_tile.ROTATION_BOUND`."""
     interpret = device.interpreting()
-    return _rotate_quantize(x, cores=WARPGROUPS if interpret else device.core_count(), interpret=interpret)
+    cores = 2 if interpret else device.core_count()
+    return _rotate_quantize(x, target=carrier or format, cores=cores, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of one call.
+    """Sizes of one call, and what it makes.
 
     Attributes:
         rows: of tiles: rows of x, or parts of them.
         parts: of a row of x.
         blocks: of the rotation, in each of `rows`.
+        target: "int8", or the carrier of NVFP4.
+        interpret: the kernel.
+        constants: bytes of shared memory beside what all such kernels have there.
     """
 
     rows: int
     parts: int
     blocks: int
+    target: str
+    interpret: bool
+    constants: int = 0
+
+    @property
+    def holds_products(self) -> bool:
+        """Whether those of a whole tile stay in registers."""
+        return self.target == "int8"
+
+    @property
+    def warpgroups(self) -> int:
+        """That quantise."""
+        return 2 if self.holds_products else 3
+
+    @property
+    def slots(self) -> int:
+        """Tiles in shared memory."""
+        others = HALF * HALF * 2 + self.warpgroups * 4 * 2 * PIECE * 4 + self.constants
+        of_a_slot = self.pieces * PIECE * HADAMARD * 2 + 3 * PIECE * 4
+        return min(MOST_SLOTS, (SHARED_MEMORY - others) // of_a_slot)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of codes; those of "fp8" as bytes."""
+        return jnp.dtype(jnp.bfloat16 if self.target == "exact" else jnp.int8)
 
     @property
     def tiles(self) -> int:
@@ -106,37 +162,55 @@ class Plan:
         return pl.cdiv(self.blocks * ROWS, PIECE)
 
 
-def plan_of(rows: int, k: int) -> Plan | None:
+def plan_of(rows: int, k: int, target: str, *, interpret: bool = False) -> Plan | None:
     blocks = k // HADAMARD
     for parts in PARTS:
         if blocks % parts == 0 and blocks // parts <= MOST_BLOCKS:
-            return Plan(rows=rows * parts, parts=parts, blocks=blocks // parts)
+            return Plan(rows=rows * parts, parts=parts, blocks=blocks // parts, target=target, interpret=interpret)
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("cores", "interpret"))
-def _rotate_quantize(x: Float[Array, "*rows k"], *, cores: int, interpret: bool) -> tuple[Int8Array, RowStatistics]:
+@functools.partial(jax.jit, static_argnames=("target", "cores", "interpret"))
+def _rotate_quantize(
+    x: Float[Array, "*rows k"], *, target: str, cores: int, interpret: bool
+) -> tuple[Int8Array | CarriedArray, RowStatistics]:
     *rows, k = x.shape
-    plan = plan_of(math.prod(rows), k)
+    plan = plan_of(math.prod(rows), k, target, interpret=interpret)
     assert plan is not None
     split = (plan.rows, plan.blocks, HADAMARD)
-    a_row = jax.ShapeDtypeStruct((plan.rows,), jnp.float32)
     codes, *found = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
-        out_type=(jax.ShapeDtypeStruct(split, jnp.int8), a_row, a_row, a_row),
+        out_type=result_types(plan),
         scratch_types=scratch_types(plan, constants=1),
         grid=(min(cores, plan.tiles),),
         grid_names=("core",),
-        **launch(interpret=interpret),
+        **launch(plan),
     )(x.reshape(split), rotation())
-    scale, sums, largest = (values[:: plan.parts].reshape(rows) for values in found)
-    array = Int8Array(codes=codes.reshape(x.shape), scale=scale, hadamard=HADAMARD)
-    return array, RowStatistics(sum_abs=sums, max_abs=largest)
+    return results(codes.reshape(x.shape), [values[:: plan.parts].reshape(rows) for values in found], plan)
 
 
-def rotation() -> BFloat16[Array, "128 128"]:
-    """What a tile is multiplied by; over its size, so that sums overflow only where results do."""
-    return jnp.asarray(sylvester(HADAMARD) / HADAMARD, jnp.bfloat16)
+def result_types(plan: Plan) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Codes; scales and statistics of each row."""
+    a_row = jax.ShapeDtypeStruct((plan.rows,), jnp.float32)
+    return jax.ShapeDtypeStruct((plan.rows, plan.blocks, HADAMARD), plan.dtype), a_row, a_row, a_row
+
+
+def results(
+    codes: Array, found: Sequence[Float32[Array, "*rows"]], plan: Plan
+) -> tuple[Int8Array | CarriedArray, RowStatistics]:
+    """What `run` wrote as `result_types`."""
+    scale, sums, largest = found
+    statistics = RowStatistics(sum_abs=sums, max_abs=largest)
+    if plan.target == "int8":
+        return Int8Array(codes=codes, scale=scale, hadamard=HADAMARD), statistics
+    if plan.target == "fp8":
+        codes = jax.lax.bitcast_convert_type(codes, CARRIERS["fp8"])
+    return CarriedArray(codes=codes, scale=scale, hadamard=HADAMARD), statistics
+
+
+def rotation() -> BFloat16[Array, "64 64"]:
+    """What halves of blocks are multiplied by; over a block's size, so that sums overflow only where results do."""
+    return jnp.asarray(sylvester(HALF) / HADAMARD, jnp.bfloat16)
 
 
 def scratch_types(plan: Plan, *, constants: int) -> dict[str, Any]:
@@ -147,27 +221,27 @@ def scratch_types(plan: Plan, *, constants: int) -> dict[str, Any]:
         constants: arrays that are copied there before all tiles.
     """
     return {
-        # Once a tile is rotated, its codes take its place, of which they need a half.
+        # Once a piece is rotated, its codes take its place, or of a byte each, half of the place of an earlier one.
         "tiles": plgpu.RefUnion(
-            swizzled((SLOTS, plan.pieces * PIECE, HADAMARD), jnp.bfloat16),
-            swizzled((SLOTS, 2 * plan.pieces, PIECE, HADAMARD), jnp.int8),
+            swizzled((plan.slots, plan.pieces * PIECE, HADAMARD), jnp.bfloat16),
+            swizzled((plan.slots, 2 // plan.dtype.itemsize * plan.pieces * PIECE, HADAMARD), plan.dtype),
         ),
-        "matrix": swizzled((HADAMARD, HADAMARD), jnp.bfloat16),
-        "rings": plgpu.SMEM((WARPGROUPS, 3, 2 * PIECE), jnp.float32),
-        "of_rows": plgpu.SMEM((SLOTS, 3, PIECE), jnp.float32),
+        "matrix": swizzled((HALF, HALF), jnp.bfloat16),
+        "rings": plgpu.SMEM((plan.warpgroups, 4, 2 * PIECE), jnp.float32),
+        "of_rows": plgpu.SMEM((plan.slots, 3, PIECE), jnp.float32),
         "constants_loaded": plgpu.Barrier(num_arrivals=constants),
         # A warpgroup counts what it waits for, so a slot has a barrier for each.
-        "loaded": plgpu.Barrier(num_arrivals=plan.blocks, num_barriers=SLOTS * WARPGROUPS),
-        "quantized": plgpu.Barrier(num_barriers=SLOTS),
+        "loaded": plgpu.Barrier(num_arrivals=plan.blocks, num_barriers=plan.slots * plan.warpgroups),
+        "quantized": plgpu.Barrier(num_barriers=plan.slots),
     }
 
 
-def launch(*, interpret: bool) -> dict[str, Any]:
+def launch(plan: Plan) -> dict[str, Any]:
     """How `plgpu.kernel` starts a kernel that is a `run`."""
     return {
-        "num_threads": WARPGROUPS + 1,
+        "num_threads": plan.warpgroups + 1,
         "thread_name": "warpgroup",
-        "interpret": plgpu.InterpretGPUParams() if interpret else None,
+        "interpret": plgpu.InterpretGPUParams() if plan.interpret else None,
         "compiler_params": plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -177,22 +251,23 @@ def launch(*, interpret: bool) -> dict[str, Any]:
 def _kernel(x, hadamard, codes, scale, sums, largest, *, plan: Plan, **scratch):
     core, cores = jax.lax.axis_index("core"), jax.lax.axis_size("core")
 
-    def measure(tile, row, ring, out) -> KeepScale:
-        total, most = _statistics(tile, ring, plan)
+    def measure(tile, row, ring, out) -> tuple[Bool[Array, ""], KeepScale]:
+        total, most, *least = _statistics(tile, ring, plan)
         finite = total <= FLOAT32_MAX  # comparisons with NaN are false
         out[1], out[2] = total, kept_maximum(total, most)
+        unusual = any_row(needs_cleaning(finite, most, *least), ring)
 
-        @pl.when(any_row(needs_cleaning(finite, most), ring))
+        @pl.when(unusual)
         def _():
-            clean(tile, finite, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
-            flushed, _ = _statistics(tile, ring, plan)
+            clean(tile, finite, plan, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
+            flushed, *_ = _statistics(tile, ring, plan)
             out[1] = jnp.where(finite, flushed, total)
             plgpu.commit_smem()
 
         def keep_scale(row_scale: Float32[Array, " piece"]) -> None:
-            out[0] = jnp.where(finite, row_scale, jnp.nan)
+            out[0] = jnp.where(finite, row_scale, jnp.nan) if plan.target == "int8" else row_scale
 
-        return keep_scale
+        return unusual, keep_scale
 
     run(
         x,
@@ -216,7 +291,7 @@ def run(
     own: Callable[[], Int32[Array, ""]],
     first_row: Callable[[Int32[Array, ""]], Int32[Array, ""]],
     constants: Callable[[], Sequence[tuple]],
-    measure: Callable[..., KeepScale],
+    measure: Callable[..., tuple[Bool[Array, ""], KeepScale]],
     tiles,
     matrix,
     rings,
@@ -246,11 +321,11 @@ def run(
     warpgroup = jax.lax.axis_index("warpgroup")
     tiles, staged = tiles
 
-    @pl.when(warpgroup == WARPGROUPS)
+    @pl.when(warpgroup == plan.warpgroups)
     def _():
         plgpu.set_max_registers(40, action="decrease")
         if plan.blocks * ROWS % PIECE:
-            for slot in range(SLOTS):
+            for slot in range(plan.slots):
                 last = tiles.at[slot, pl.ds((plan.pieces - 1) * PIECE, PIECE), :]
                 last[...] = plgpu.layout_cast(jnp.zeros(last.shape, jnp.bfloat16), plgpu.Layout.WGMMA)
             plgpu.commit_smem()
@@ -258,7 +333,7 @@ def run(
             plgpu.copy_gmem_to_smem(source, place, constants_loaded)
 
         def store(turn):
-            slot, row = jax.lax.rem(turn, SLOTS), first_row(turn)
+            slot, row = jax.lax.rem(turn, plan.slots), first_row(turn)
             plgpu.barrier_wait(quantized.at[slot])
             for index, values in enumerate(of_each_row):
                 source = of_rows.at[slot, index, pl.ds(0, ROWS)]
@@ -266,8 +341,7 @@ def run(
 
             @pl.loop(0, plan.blocks)
             def _(block):
-                piece, place = jax.lax.div(block, PIECE // ROWS), jax.lax.rem(block, PIECE // ROWS)
-                source = staged.at[slot, piece, pl.ds(place * ROWS, ROWS), :]
+                source = staged.at[slot, pl.ds(block * ROWS, ROWS), :]
                 plgpu.copy_smem_to_gmem(source, codes.at[pl.ds(row, ROWS), block, :], commit_group=False)
 
             plgpu.commit_smem_to_gmem_group()
@@ -275,59 +349,125 @@ def run(
 
         @pl.loop(0, own())
         def _(turn):
-            slot = jax.lax.rem(turn, SLOTS)
+            slot = jax.lax.rem(turn, plan.slots)
 
-            @pl.when(turn >= SLOTS)
+            @pl.when(turn >= plan.slots)
             def _():
-                store(turn - SLOTS)
+                store(turn - plan.slots)
 
             @pl.loop(0, plan.blocks)
             def _(block):
                 place = tiles.at[slot, pl.ds(block * ROWS, ROWS), :]
                 source = x.at[pl.ds(first_row(turn), ROWS), block, :]
-                plgpu.copy_gmem_to_smem(source, place, loaded.at[jax.lax.rem(turn, SLOTS * WARPGROUPS)])
+                plgpu.copy_gmem_to_smem(source, place, loaded.at[jax.lax.rem(turn, plan.slots * plan.warpgroups)])
 
-        @pl.loop(jnp.maximum(own() - SLOTS, 0), own())
+        @pl.loop(jnp.maximum(own() - plan.slots, 0), own())
         def _(turn):
             store(turn)
 
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup < WARPGROUPS)
+    @pl.when(warpgroup < plan.warpgroups)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(REGISTERS[plan.warpgroups], action="increase")
         ring = rings.at[warpgroup]
         plgpu.barrier_wait(constants_loaded)
 
-        @pl.loop(0, pl.cdiv(own() - warpgroup, WARPGROUPS))
+        @pl.loop(0, pl.cdiv(own() - warpgroup, plan.warpgroups))
         def _(own_turn):
-            turn = own_turn * WARPGROUPS + warpgroup
+            turn = own_turn * plan.warpgroups + warpgroup
             row = first_row(turn)
-            slot = jax.lax.rem(turn, SLOTS)
+            slot = jax.lax.rem(turn, plan.slots)
             tile = tiles.at[slot]
-            plgpu.barrier_wait(loaded.at[jax.lax.rem(turn, SLOTS * WARPGROUPS)])
+            plgpu.barrier_wait(loaded.at[jax.lax.rem(turn, plan.slots * plan.warpgroups)])
             out = of_rows.at[slot]
-            keep_scale = measure(tile, row, ring, out)
-
-            def product(accumulator):
-                plgpu.wgmma(accumulator, tile, matrix)
-                plgpu.wgmma_wait(0)
-                return accumulator[...]
-
-            rotated = pl.run_scoped(product, plgpu.ACC((plan.pieces * PIECE, HADAMARD), jnp.float32))
-            root = float(np.sqrt(np.float32(HADAMARD)))
-            amax = _of_rows([_largest(rotated, plan) * root], [jnp.maximum], ring, plan)[0]
-            row_scale = jnp.maximum(amax * (1 / INT8_MAX), MIN_SCALE)
-            keep_scale(row_scale)
-            inverse = jax.lax.broadcast_in_dim(rounded_inverse(row_scale, 1.0 / row_scale), (PIECE, HADAMARD), (0,))
-            # Added first, so that the product and the sum that rounds it do not become one instruction, rounded once.
-            zero = jax.lax.broadcast_in_dim(row_scale * 0.0, (PIECE, HADAMARD), (0,))
-            for piece in range(plan.pieces):
-                units = rotated[piece * PIECE : (piece + 1) * PIECE] * root * inverse
-                rounded = units + zero + ROUNDER
-                staged.at[slot, piece][...] = jax.lax.bitcast_convert_type(rounded, jnp.int32).astype(jnp.int8)
+            unusual, keep_scale = measure(tile, row, ring, out)
+            quantize = functools.partial(_quantize, tile, staged.at[slot], matrix, ring, keep_scale, plan)
+            if plan.target == "int8":
+                quantize(finite=True)
+            else:
+                pl.when(unusual)(lambda: quantize(finite=False))
+                pl.when(~unusual)(lambda: quantize(finite=True))
             plgpu.commit_smem()
             plgpu.barrier_arrive(quantized.at[slot])
+
+
+def _quantize(tile, staged, matrix, ring, keep_scale: KeepScale, plan: Plan, *, finite: bool) -> None:
+    """Rotates a tile and puts its codes in its place.
+
+    Args:
+        tile, staged: references to the tile, as values and as codes.
+        matrix: of the rotation.
+        ring: see `_of_rows`.
+        keep_scale: takes the scales.
+        plan: sizes.
+        finite: whether all rotated values are known to be.
+    """
+    root = float(np.sqrt(np.float32(HADAMARD)))
+
+    def products(first, rows: int) -> list[Float32[Array, "rows 64"]]:
+        """Of both halves of blocks: their sum and their difference are the rotation."""
+
+        def multiply(*halves):
+            for index, half in enumerate(halves):
+                part = tile.at[pl.ds(first, rows), pl.ds(index * HALF, HALF)]
+                plgpu.wgmma(half, part, matrix)
+            plgpu.wgmma_wait(0)
+            return [half[...] for half in halves]
+
+        accumulator = plgpu.ACC((rows, HALF), jnp.float32)
+        return pl.run_scoped(multiply, accumulator, accumulator)
+
+    def rotated(halves) -> list[Float32[Array, "piece 64"]]:
+        left, right = halves
+        return [(left + right) * root, (left - right) * root]
+
+    def is_finite(values: Float32[Array, "*n"]) -> Bool[Array, "*n"]:
+        return jnp.abs(values) <= FLOAT32_MAX
+
+    def larger(most, halves):
+        if finite:
+            left, right = halves
+            # The larger magnitude of their sum and their difference.
+            return jnp.maximum(most, jnp.abs(left) + jnp.abs(right))
+        for values in rotated(halves):
+            most = jnp.maximum(most, jnp.where(is_finite(values), jnp.abs(values), 0.0))
+        return most
+
+    def encode(piece, halves, inverse):
+        values, bad = rotated(halves), None
+        if not finite:
+            bad = [~is_finite(half) for half in values]
+            values = [jnp.where(*each) for each in zip(bad, [0.0, 0.0], values, strict=True)]
+        if plan.target == "int8":
+            codes = encode_registers.int8(values, inverse, interpret=plan.interpret)
+        else:
+            codes = encode_registers.nvfp4(values, inverse, bad, carrier=plan.target, interpret=plan.interpret)
+        staged.at[pl.ds(piece * PIECE, PIECE), :][...] = codes
+
+    most = plgpu.layout_cast(jnp.zeros((PIECE, HALF), jnp.float32), plgpu.Layout.WGMMA)
+    pieces = []
+    if plan.holds_products:
+        whole = products(0, plan.pieces * PIECE)
+        pieces = [[half[i * PIECE : (i + 1) * PIECE] for half in whole] for i in range(plan.pieces)]
+        most = functools.reduce(larger, pieces, most)
+    else:
+        most = jax.lax.fori_loop(0, plan.pieces, lambda i, most: larger(most, products(i * PIECE, PIECE)), most)
+    amax = _of_rows([most.max(axis=1) * (root if finite else 1.0)], [jnp.maximum], ring, plan)[0]
+    largest = INT8_MAX if plan.target == "int8" else E2M1_MAX * E4M3_MAX
+    row_scale = jnp.maximum(amax * (1 / largest), MIN_SCALE)
+    keep_scale(row_scale * (1 / FP8_CARRIER_SHIFT) if plan.target == "fp8" else row_scale)
+    inverse = rounded_inverse(row_scale, 1.0 / row_scale)
+    for index, halves in enumerate(pieces):
+        encode(index, halves, inverse)
+    if not plan.holds_products:
+
+        @pl.loop(0, plan.pieces)
+        def _(piece):
+            halves = products(piece * PIECE, PIECE)
+            # Before what other warps may still multiply is written to.
+            encode_registers.wait_for_warps(interpret=plan.interpret)
+            encode(piece, halves, inverse)
 
 
 def kept_maximum(total: Float32[Array, " rows"], most: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
@@ -336,21 +476,62 @@ def kept_maximum(total: Float32[Array, " rows"], most: Float32[Array, " rows"]) 
     return jnp.where(jnp.isnan(total), jnp.nan, jnp.where(most < FLUSH_BELOW, 0.0, most))
 
 
-def needs_cleaning(finite: Bool[Array, " rows"], most: Float32[Array, " rows"]) -> Bool[Array, " rows"]:
+def needs_cleaning(finite: Bool[Array, " rows"], most, least=None) -> Bool[Array, " rows"]:
     """Which rows `clean` may change more in than what is lost in rounding."""
-    return ~finite | ((most > 0) & (most < MAYBE_FLUSHED))
+    if least is None:
+        return ~finite | ((most > 0) & (most < MAYBE_FLUSHED))
+    return ~finite | (least < FLUSH_BELOW)
 
 
 def _statistics(tile, ring, plan: Plan) -> list[Float32[Array, " piece"]]:
-    """The sum and the maximum of the magnitudes of each row, as `_of_rows` gives them."""
-    found = magnitudes(tile, rows=PIECE, count=plan.pieces, unroll=1, layout=plgpu.Layout.WGMMA)
-    return _of_rows(found, [jnp.add, jnp.maximum], ring, plan)
+    """As `reduced`, over all places of the tile that are of the same row."""
+    found = nothing_found(plan, rows=PIECE, layout=plgpu.Layout.WGMMA)
+    found = magnitudes(found, tile, rows=PIECE, count=plan.pieces, unroll=1, layout=plgpu.Layout.WGMMA)
+    values, combine = reduced(found), (jnp.add, jnp.maximum, jnp.minimum)
+    return _of_rows(values, combine[: len(values)], ring, plan)
 
 
-def magnitudes(tile, *, rows: int, count: int, unroll: int, layout) -> list[Float32[Array, " rows"]]:
-    """The sum and the maximum of |values| of each row, over parts of a tile that have the same rows.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Of |values| so far, by place in a row.
+
+    Attributes:
+        total: sum.
+        most: bits of the largest bfloat16; NaN is larger than all.
+        least: bits of the smallest that is not zero, less one; None if not asked for.
+    """
+
+    total: Float32[Array, "rows 128"]
+    most: UInt16[Array, "rows 128"]
+    least: UInt16[Array, "rows 128"] | None
+
+    def and_of(self, values: BFloat16[Array, "rows 128"], wide: Float32[Array, "rows 128"]) -> "Found":
+        """With these values, given in both types."""
+        bits = jax.lax.bitcast_convert_type(values, jnp.uint16) & jnp.uint16(0x7FFF)
+        return Found(
+            total=self.total + jnp.abs(wide),
+            most=jnp.maximum(self.most, bits),
+            least=None if self.least is None else jnp.minimum(self.least, bits - jnp.uint16(1)),
+        )
+
+
+def nothing_found(plan: Plan, *, rows: int, layout) -> Found:
+    def full(value, dtype):
+        return plgpu.layout_cast(jnp.full((rows, HADAMARD), value, dtype), layout)
+
+    return Found(
+        total=full(0, jnp.float32),
+        most=full(0, jnp.uint16),
+        least=None if plan.target == "int8" else full(0xFFFF, jnp.uint16),
+    )
+
+
+def magnitudes(found: Found, tile, *, rows: int, count: int, unroll: int, layout) -> Found:
+    """With the values of all parts of a tile that have the same rows.
 
     Args:
+        found: before.
         tile: reference [rows * count, 128].
         rows, count: of a part, and of parts.
         unroll: parts in one turn of the loop. A kernel that is longer than the instruction cache waits for its code.
@@ -358,24 +539,35 @@ def magnitudes(tile, *, rows: int, count: int, unroll: int, layout) -> list[Floa
     """
 
     def add(turn, found):
-        total, most = found
         for ahead in range(unroll):
             part = tile.at[pl.ds((turn * unroll + ahead) * rows, rows), :]
-            values = jnp.abs(plgpu.load(part, layout=layout).astype(jnp.float32))
-            total, most = total + values, jnp.maximum(most, values)
-        return total, most
+            values = plgpu.load(part, layout=layout)
+            found = found.and_of(values, values.astype(jnp.float32))
+        return found
 
-    none = plgpu.layout_cast(jnp.zeros((rows, HADAMARD), jnp.float32), layout)
-    total, most = jax.lax.fori_loop(0, count // unroll, add, (none, none))
-    return [total.sum(axis=1), most.max(axis=1)]
+    return jax.lax.fori_loop(0, count // unroll, add, found)
 
 
-def clean(tile, finite: Bool[Array, " rows"], *, rows: int, count: int, layout) -> None:
-    """Rows that are not finite become zero, as do values that the definition flushes.
+def reduced(found: Found) -> list[Float32[Array, " rows"]]:
+    """Of each row: the sum, the largest, and the smallest that is not zero, infinity if all are."""
+
+    def as_float(bits: UInt16[Array, "rows 128"]) -> Float32[Array, "rows 128"]:
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+    total, most = found.total.sum(axis=1), as_float(found.most).max(axis=1)
+    if found.least is None:
+        return [total, most]
+    least = as_float(found.least + jnp.uint16(1))
+    return [total, most, -jnp.where(least == 0, -jnp.inf, -least).max(axis=1)]
+
+
+def clean(tile, finite: Bool[Array, " rows"], plan: Plan, *, rows: int, count: int, layout) -> None:
+    """Values that the definition flushes become zero; for INT8 also rows that are not finite.
 
     Args:
         tile: reference [rows * count, 128].
         finite: whether each row of a part is.
+        plan: what is made of it.
         rows, count: of a part, and of parts.
         layout: to load them in, of which `finite` has the rows.
     """
@@ -384,16 +576,12 @@ def clean(tile, finite: Bool[Array, " rows"], *, rows: int, count: int, layout) 
     def _(index):
         part = tile.at[pl.ds(index * rows, rows), :]
         values = plgpu.load(part, layout=layout).astype(jnp.float32)
-        finite_values = plgpu.layout_cast(jax.lax.broadcast_in_dim(finite, values.shape, (0,)), layout)
-        part[...] = jnp.where((jnp.abs(values) >= FLUSH_BELOW) & finite_values, values, 0.0).astype(jnp.bfloat16)
+        lost = jnp.abs(values) < FLUSH_BELOW
+        if plan.target == "int8":
+            lost = lost | plgpu.layout_cast(jax.lax.broadcast_in_dim(~finite, values.shape, (0,)), layout)
+        part[...] = jnp.where(lost, 0.0, values).astype(jnp.bfloat16)
 
     plgpu.commit_smem()
-
-
-def _largest(rotated: Float32[Array, "m 128"], plan: Plan) -> Float32[Array, " piece"]:
-    """Maxima of magnitudes over all pieces and columns."""
-    pieces = (jnp.abs(rotated[piece * PIECE : (piece + 1) * PIECE]) for piece in range(plan.pieces))
-    return functools.reduce(jnp.maximum, pieces).max(axis=1)
 
 
 def rounded_inverse(scale: Float32[Array, " rows"], near: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
@@ -425,9 +613,9 @@ def rounded_inverse(scale: Float32[Array, " rows"], near: Float32[Array, " rows"
 
 
 def _of_rows(
-    found: list[Float32[Array, " piece"]], combine: list[Callable], ring, plan: Plan
+    found: list[Float32[Array, " piece"]], combine: Sequence[Callable], ring, plan: Plan
 ) -> list[Float32[Array, " piece"]]:
-    """What was found for each row of a piece, combined over all that belong to the same row of x; at most two.
+    """What was found for each row of a piece, combined over all that belong to the same row of x; at most three.
 
     A ring holds the values twice, so that those of any distance ahead are in one slice of it.
     """
@@ -439,7 +627,7 @@ def _of_rows(
         for index, values in enumerate(found):
             for copy in (0, PIECE):
                 ring.at[index, pl.ds(copy, PIECE)][...] = values
-        plgpu.commit_smem()
+        encode_registers.wait_for_warps(interpret=plan.interpret)
 
     put()
     found = [
@@ -447,7 +635,7 @@ def _of_rows(
         for index, (values, of) in enumerate(zip(found, combine, strict=True))
     ]
     if plan.parts > 1:
-        plgpu.commit_smem()
+        encode_registers.wait_for_warps(interpret=plan.interpret)
         put()
         place = jax.lax.rem(
             plgpu.broadcasted_iota(jnp.int32, (PIECE,), 0, layout=plgpu.Layout.WGMMA.reduce(1)), plan.parts
@@ -463,6 +651,6 @@ def _of_rows(
 
 def any_row(flags: Bool[Array, " rows"], ring) -> Bool[Array, ""]:
     """Whether any of the flags of a tile's rows is set, alike in all threads."""
-    ring.at[2, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
+    ring.at[3, pl.ds(0, flags.size)][...] = jnp.where(flags, 1.0, 0.0)
     plgpu.commit_smem()
-    return functools.reduce(jnp.add, [ring[2, row] for row in range(ROWS)]) > 0
+    return functools.reduce(jnp.add, [ring[3, row] for row in range(ROWS)]) > 0

@@ -134,10 +134,10 @@ def test_non_finite_rows_are_nan_and_others_untouched(implementation, options):
 MOSAIC = {"format": "int8", "implementation": "pallas_mosaic_gpu"}
 
 
-def mosaic(x, keywords):
+def mosaic(x, keywords, **options):
     """(found, its statistics), interpreted and in NumPy."""
     with device.interpret():
-        found = adaln_quantize(jnp.asarray(x), **on_device(keywords), **MOSAIC)
+        found = adaln_quantize(jnp.asarray(x), **on_device(keywords), **(MOSAIC | options))
     return jax.tree.map(np.asarray, found)
 
 
@@ -156,6 +156,25 @@ def test_mosaic_is_explained_by_the_definition(tokens, text_length, dim):
     assert share_of_other_codes(found, wanted) <= 2e-3
     np.testing.assert_allclose(statistics.sum_abs, wanted_statistics.sum_abs, rtol=1e-5)
     np.testing.assert_allclose(statistics.max_abs, wanted_statistics.max_abs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("carrier", ["exact", "fp8"])
+def test_mosaic_in_a_carrier_is_the_definition_but_for_values_where_codes_meet(carrier):
+    """Text and video in one tile; with rows that are not finite, of which blocks of the rotation are NaN."""
+    shape = shapes.Shape(name="", batch=2, tokens=24, text_length=11, dim=384)
+    x, keywords = arguments(shape, offset=3.0)
+    x[0, 5, 3], x[1, 12, 300] = np.nan, np.inf
+    options = {"format": "nvfp4", "carrier": carrier}
+    found, statistics = mosaic(x, keywords, **options)
+    found.validate()
+    wanted, wanted_statistics = reference.adaln_quantize(x, AdaptiveNorm(**keywords), **options, hadamard=128)
+    np.testing.assert_array_equal(np.isnan(found.codes), np.isnan(wanted.codes))
+    assert share_of_other_codes(found, wanted) <= 2e-3
+    # A value of y that falls to the other side of a bfloat16 moves the 128 that it is rotated into.
+    np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-4)
+    sound = np.isfinite(wanted_statistics.sum_abs)
+    np.testing.assert_allclose(statistics.sum_abs[sound], wanted_statistics.sum_abs[sound], rtol=1e-5)
+    assert not np.isfinite(statistics.sum_abs[~sound]).any()
 
 
 def extreme_rows(tokens, dim):

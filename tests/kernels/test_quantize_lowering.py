@@ -44,9 +44,10 @@ def test_rotate_quantize(capability, target):
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
+@pytest.mark.parametrize("target", ["int8", "exact", "fp8"])
 @pytest.mark.parametrize("size", [1920, 3072, 12288])
-def test_rotate_quantize_by_mosaic(size):
-    call = functools.partial(mosaic_rotation.rotate_quantize, format="int8", hadamard=128)
+def test_rotate_quantize_by_mosaic(size, target):
+    call = functools.partial(mosaic_rotation.rotate_quantize, **TARGETS[target], hadamard=128)
     assert lowered(call, jax.ShapeDtypeStruct((35_552, size), jnp.bfloat16)).count("@mosaic_gpu") == 1
 
 
@@ -94,7 +95,8 @@ def adaln_operands(dim):
     return x, norm
 
 
+@pytest.mark.parametrize("target", ["int8", "exact", "fp8"])
 @pytest.mark.parametrize("dim", [1920, 3072])
-def test_adaln_quantize_by_mosaic(dim):
-    call = functools.partial(mosaic_adaln.adaln_quantize, format="int8", hadamard=128)
+def test_adaln_quantize_by_mosaic(dim, target):
+    call = functools.partial(mosaic_adaln.adaln_quantize, **TARGETS[target], hadamard=128)
     assert lowered(call, *adaln_operands(dim)).count("@mosaic_gpu") == 1

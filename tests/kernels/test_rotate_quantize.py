@@ -31,6 +31,12 @@ OPTIONS = {
     "nvfp4 fp8 4/6 a row": {"format": "nvfp4", "carrier": "fp8", "scale_dims": 1, "four_over_six": True},
 }
 
+MOSAIC = {
+    "int8": {"format": "int8"},
+    "exact": {"format": "nvfp4", "carrier": "exact", "scale_dims": 1},
+    "fp8": {"format": "nvfp4", "carrier": "fp8", "scale_dims": 1},
+}
+
 
 @pytest.fixture(params=["pallas_triton", "xla"])
 def implementation(request):
@@ -123,9 +129,9 @@ def test_every_shape(implementation, shape, options):
 @pytest.mark.parametrize(
     ("rows", "size"), [(8, 384), (104, 256), (8, 3328), *(pytest.param(*x, marks=pytest.mark.slow) for x in WIDE)]
 )
-def test_mosaic_equals_the_reference_in_every_byte(rows, size):
+@pytest.mark.parametrize("options", MOSAIC.values(), ids=MOSAIC)
+def test_mosaic_equals_the_reference_in_every_byte(rows, size, options):
     """Of a few blocks, with padding, and in two and four parts; more tiles than two cores have warpgroups."""
-    options = {"format": "int8", "hadamard": 128}
     cases = inputs("bfloat16", (rows, size))
     with device.interpret():
         found = {
@@ -134,8 +140,8 @@ def test_mosaic_equals_the_reference_in_every_byte(rows, size):
             if rows == 8 or name in ("normal", "nan and inf", "rows of every size")
         }
     for name, (array, statistics) in found.items():
-        wanted, wanted_statistics = reference.rotate_quantize(cases[name], **options)
-        check(array, cases[name], 128, {"format": "int8"})
+        wanted, wanted_statistics = reference.rotate_quantize(cases[name], **options, hadamard=128)
+        check(array, cases[name], 128, options)
         check_statistics(statistics, wanted_statistics, size)
         assert np.isnan(array.scale).sum() == np.isnan(wanted.scale).sum()
 
@@ -170,6 +176,8 @@ def test_mosaic_takes_batch_axes_and_vmap():
     ("shape", "dtype", "options", "message"),
     [
         ((8, 256), "bfloat16", {"format": "nvfp4"}, "nvfp4 of bfloat16"),
+        ((8, 256), "bfloat16", {"format": "nvfp4", "carrier": "fp8"}, "a tensor scale of its own"),
+        ((8, 256), "bfloat16", {"format": "nvfp4", "carrier": "fp8", "four_over_six": True}, "fp8, four over six,"),
         ((8, 256), "float32", {"format": "int8"}, "int8 of float32"),
         ((8, 256), "bfloat16", {"format": "int8", "hadamard": 64}, "by 64"),
         ((9, 256), "bfloat16", {"format": "int8"}, "do not divide 9"),
