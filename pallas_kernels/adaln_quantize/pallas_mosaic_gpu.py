@@ -25,6 +25,7 @@ from pallas_kernels.common import device, encode_registers
 from pallas_kernels.common.formats import CarriedArray, Int8Array
 from pallas_kernels.common.quantize_tile import FLOAT32_MAX
 from pallas_kernels.rotate_quantize import pallas_mosaic_gpu as rotation
+from pallas_kernels.rotate_quantize import tile_statistics
 from pallas_kernels.rotate_quantize.pallas_mosaic_gpu import HADAMARD, MOST_BLOCKS, ROWS, Plan
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
@@ -209,10 +210,10 @@ def _kernel(
         def block(index):
             return tile.at[pl.ds(index * ROWS, ROWS), :]
 
-        def modulate() -> rotation.Found:
+        def modulate() -> tile_statistics.Found:
             return _modulate(block, block, modulation, plan, epsilon)
 
-        def modulate_both() -> rotation.Found:
+        def modulate_both() -> tile_statistics.Found:
             modulate()
             is_text = row + plgpu.broadcasted_iota(jnp.int32, (ROWS, HADAMARD), 0, layout=BLOCK_LAYOUT) < video_begins
 
@@ -223,17 +224,17 @@ def _kernel(
             return _modulate(unchanged, block, other, plan, epsilon, unless=is_text)
 
         both = (row < video_begins) & (row + ROWS > video_begins)
-        total, most, *least = rotation.reduced(jax.lax.cond(both, modulate_both, modulate))
-        rows[1], rows[2] = total, rotation.kept_maximum(total, most)
-        unusual = rotation.any_row(rotation.needs_cleaning(total <= FLOAT32_MAX, most, *least), ring)
+        total, most, *least = tile_statistics.reduced(jax.lax.cond(both, modulate_both, modulate))
+        rows[1], rows[2] = total, tile_statistics.kept_maximum(total, most)
+        unusual = rotation.any_row(tile_statistics.needs_cleaning(total <= FLOAT32_MAX, most, *least), ring)
 
         @pl.when(unusual)
         def _():
             finite = _is_finite(rows)
-            rotation.clean(tile, finite, plan, rows=ROWS, count=plan.blocks, layout=BLOCK_LAYOUT)
-            found = rotation.nothing_found(plan, rows=ROWS, layout=BLOCK_LAYOUT)
-            found = rotation.magnitudes(found, tile, rows=ROWS, count=plan.blocks, unroll=1, layout=BLOCK_LAYOUT)
-            rows[1] = jnp.where(finite, rotation.reduced(found)[0], jnp.nan)
+            tile_statistics.clean(tile, finite, plan.target, rows=ROWS, count=plan.blocks, layout=BLOCK_LAYOUT)
+            found = tile_statistics.nothing_found(plan.target, rows=ROWS, layout=BLOCK_LAYOUT)
+            found = tile_statistics.magnitudes(found, tile, rows=ROWS, count=plan.blocks, layout=BLOCK_LAYOUT)
+            rows[1] = jnp.where(finite, tile_statistics.reduced(found)[0], jnp.nan)
 
         def keep_scale(row_scale: Float32[Array, " piece"]) -> None:
             out[0] = row_scale
@@ -271,7 +272,7 @@ def _is_finite(rows) -> Bool[Array, " 8"]:
 
 def _modulate(
     source: Callable, block: Callable, modulation, plan: Plan, epsilon: float, *, unless=None
-) -> rotation.Found:
+) -> tile_statistics.Found:
     """Normalises and modulates eight rows in float32, and rounds once.
 
     Args:
@@ -312,7 +313,7 @@ def _modulate(
     squares = jnp.maximum(squares, 0.0) + (means - centre) * (means - centre) * plan.blocks
     inverse = jax.lax.rsqrt(over_row(squares) + epsilon)
 
-    def modulate(turn, found: rotation.Found) -> rotation.Found:
+    def modulate(turn, found: tile_statistics.Found) -> tile_statistics.Found:
         for index in (turn * unroll + ahead for ahead in range(unroll)):
             gain, offset = (_spread(load(modulation.at[i, index], layout=COLUMN_LAYOUT), 1) for i in range(2))
             modulated = (values(index) - centre) * inverse * gain + offset
@@ -324,5 +325,5 @@ def _modulate(
             found = found.and_of(rounded, wide)
         return found
 
-    nothing = rotation.nothing_found(plan, rows=ROWS, layout=BLOCK_LAYOUT)
+    nothing = tile_statistics.nothing_found(plan.target, rows=ROWS, layout=BLOCK_LAYOUT)
     return jax.lax.fori_loop(0, plan.blocks // unroll, modulate, nothing)

@@ -27,14 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32, UInt16
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
 from pallas_kernels.common import device, encode_registers
 from pallas_kernels.common.formats import (
     CARRIERS,
     E2M1_MAX,
     E4M3_MAX,
-    FLUSH_BELOW,
     FP8_CARRIER_SHIFT,
     INT8_MAX,
     MIN_SCALE,
@@ -44,6 +43,7 @@ from pallas_kernels.common.formats import (
 )
 from pallas_kernels.common.quantize_tile import FLOAT32_MAX
 from pallas_kernels.common.shared_memory import swizzled
+from pallas_kernels.rotate_quantize import tile_statistics
 from pallas_kernels.rotate_quantize.types import RowStatistics
 
 HADAMARD = 128
@@ -61,8 +61,6 @@ SHARED_MEMORY = 223 * 1024
 REGISTERS = {2: 232, 3: 152}
 """Of a thread, by how many warpgroups quantise."""
 TARGETS = ("int8", *CARRIERS)
-MAYBE_FLUSHED = 2.0**-60
-"""Beside larger values, those that the definition flushes to zero are lost in rounding to INT8."""
 KeepScale = Callable[[Float32[Array, " piece"]], None]
 
 
@@ -254,12 +252,12 @@ def _kernel(x, hadamard, codes, scale, sums, largest, *, plan: Plan, **scratch):
     def measure(tile, row, ring, out) -> tuple[Bool[Array, ""], KeepScale]:
         total, most, *least = _statistics(tile, ring, plan)
         finite = total <= FLOAT32_MAX  # comparisons with NaN are false
-        out[1], out[2] = total, kept_maximum(total, most)
-        unusual = any_row(needs_cleaning(finite, most, *least), ring)
+        out[1], out[2] = total, tile_statistics.kept_maximum(total, most)
+        unusual = any_row(tile_statistics.needs_cleaning(finite, most, *least), ring)
 
         @pl.when(unusual)
         def _():
-            clean(tile, finite, plan, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
+            tile_statistics.clean(tile, finite, plan.target, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
             flushed, *_ = _statistics(tile, ring, plan)
             out[1] = jnp.where(finite, flushed, total)
             plgpu.commit_smem()
@@ -470,118 +468,12 @@ def _quantize(tile, staged, matrix, ring, keep_scale: KeepScale, plan: Plan, *, 
             encode(piece, halves, inverse)
 
 
-def kept_maximum(total: Float32[Array, " rows"], most: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
-    """The statistic, of the sum and the maximum of magnitudes before any is flushed."""
-    # A maximum may lose NaN.
-    return jnp.where(jnp.isnan(total), jnp.nan, jnp.where(most < FLUSH_BELOW, 0.0, most))
-
-
-def needs_cleaning(finite: Bool[Array, " rows"], most, least=None) -> Bool[Array, " rows"]:
-    """Which rows `clean` may change more in than what is lost in rounding."""
-    if least is None:
-        return ~finite | ((most > 0) & (most < MAYBE_FLUSHED))
-    return ~finite | (least < FLUSH_BELOW)
-
-
 def _statistics(tile, ring, plan: Plan) -> list[Float32[Array, " piece"]]:
-    """As `reduced`, over all places of the tile that are of the same row."""
-    found = nothing_found(plan, rows=PIECE, layout=plgpu.Layout.WGMMA)
-    found = magnitudes(found, tile, rows=PIECE, count=plan.pieces, unroll=1, layout=plgpu.Layout.WGMMA)
-    values, combine = reduced(found), (jnp.add, jnp.maximum, jnp.minimum)
+    """As `tile_statistics.reduced`, over all places of the tile that are of the same row."""
+    found = tile_statistics.nothing_found(plan.target, rows=PIECE, layout=plgpu.Layout.WGMMA)
+    found = tile_statistics.magnitudes(found, tile, rows=PIECE, count=plan.pieces, layout=plgpu.Layout.WGMMA)
+    values, combine = tile_statistics.reduced(found), (jnp.add, jnp.maximum, jnp.minimum)
     return _of_rows(values, combine[: len(values)], ring, plan)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """Of |values| so far, by place in a row.
-
-    Attributes:
-        total: sum.
-        most: bits of the largest bfloat16; NaN is larger than all.
-        least: bits of the smallest that is not zero, less one; None if not asked for.
-    """
-
-    total: Float32[Array, "rows 128"]
-    most: UInt16[Array, "rows 128"]
-    least: UInt16[Array, "rows 128"] | None
-
-    def and_of(self, values: BFloat16[Array, "rows 128"], wide: Float32[Array, "rows 128"]) -> "Found":
-        """With these values, given in both types."""
-        bits = jax.lax.bitcast_convert_type(values, jnp.uint16) & jnp.uint16(0x7FFF)
-        return Found(
-            total=self.total + jnp.abs(wide),
-            most=jnp.maximum(self.most, bits),
-            least=None if self.least is None else jnp.minimum(self.least, bits - jnp.uint16(1)),
-        )
-
-
-def nothing_found(plan: Plan, *, rows: int, layout) -> Found:
-    def full(value, dtype):
-        return plgpu.layout_cast(jnp.full((rows, HADAMARD), value, dtype), layout)
-
-    return Found(
-        total=full(0, jnp.float32),
-        most=full(0, jnp.uint16),
-        least=None if plan.target == "int8" else full(0xFFFF, jnp.uint16),
-    )
-
-
-def magnitudes(found: Found, tile, *, rows: int, count: int, unroll: int, layout) -> Found:
-    """With the values of all parts of a tile that have the same rows.
-
-    Args:
-        found: before.
-        tile: reference [rows * count, 128].
-        rows, count: of a part, and of parts.
-        unroll: parts in one turn of the loop. A kernel that is longer than the instruction cache waits for its code.
-        layout: to load them in.
-    """
-
-    def add(turn, found):
-        for ahead in range(unroll):
-            part = tile.at[pl.ds((turn * unroll + ahead) * rows, rows), :]
-            values = plgpu.load(part, layout=layout)
-            found = found.and_of(values, values.astype(jnp.float32))
-        return found
-
-    return jax.lax.fori_loop(0, count // unroll, add, found)
-
-
-def reduced(found: Found) -> list[Float32[Array, " rows"]]:
-    """Of each row: the sum, the largest, and the smallest that is not zero, infinity if all are."""
-
-    def as_float(bits: UInt16[Array, "rows 128"]) -> Float32[Array, "rows 128"]:
-        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
-
-    total, most = found.total.sum(axis=1), as_float(found.most).max(axis=1)
-    if found.least is None:
-        return [total, most]
-    least = as_float(found.least + jnp.uint16(1))
-    return [total, most, -jnp.where(least == 0, -jnp.inf, -least).max(axis=1)]
-
-
-def clean(tile, finite: Bool[Array, " rows"], plan: Plan, *, rows: int, count: int, layout) -> None:
-    """Values that the definition flushes become zero; for INT8 also rows that are not finite.
-
-    Args:
-        tile: reference [rows * count, 128].
-        finite: whether each row of a part is.
-        plan: what is made of it.
-        rows, count: of a part, and of parts.
-        layout: to load them in, of which `finite` has the rows.
-    """
-
-    @pl.loop(0, count)
-    def _(index):
-        part = tile.at[pl.ds(index * rows, rows), :]
-        values = plgpu.load(part, layout=layout).astype(jnp.float32)
-        lost = jnp.abs(values) < FLUSH_BELOW
-        if plan.target == "int8":
-            lost = lost | plgpu.layout_cast(jax.lax.broadcast_in_dim(~finite, values.shape, (0,)), layout)
-        part[...] = jnp.where(lost, 0.0, values).astype(jnp.bfloat16)
-
-    plgpu.commit_smem()
 
 
 def rounded_inverse(scale: Float32[Array, " rows"], near: Float32[Array, " rows"]) -> Float32[Array, " rows"]:

@@ -146,7 +146,7 @@ def mosaic(x, keywords, **options):
     [(16, 3, 384), (40, 11, 128), (24, 16, 256), (16, 0, 128), (16, 16, 128), (16, 13, 128 * 22)],
 )
 def test_mosaic_is_explained_by_the_definition(tokens, text_length, dim):
-    """Text and video in one tile, or not; only one of them; one piece of a tile, and three, of more than is held."""
+    """Text and video in one tile, or not; only one of them; one piece of a tile, and three."""
     shape = shapes.Shape(name="", batch=2, tokens=tokens, text_length=text_length, dim=dim)
     x, keywords = arguments(shape, offset=3.0)
     found, statistics = mosaic(x, keywords)
@@ -156,6 +156,19 @@ def test_mosaic_is_explained_by_the_definition(tokens, text_length, dim):
     assert share_of_other_codes(found, wanted) <= 2e-3
     np.testing.assert_allclose(statistics.sum_abs, wanted_statistics.sum_abs, rtol=1e-5)
     np.testing.assert_allclose(statistics.max_abs, wanted_statistics.max_abs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("far", ["mean", "first block"])
+def test_mosaic_with_a_mean_or_first_values_far_from_the_others(far):
+    """Means and squares are of each place in a block, which here lie far from zero or from each other."""
+    shape = shapes.Shape(name="", batch=1, tokens=16, text_length=3, dim=640)
+    x, keywords = arguments(shape, offset=250.0 if far == "mean" else 0.0)
+    if far == "first block":
+        x[..., :128] = x[..., :128] + np.asarray(100, x.dtype)
+    found, statistics = mosaic(x, keywords)
+    assert unexplained(found, *rotated_and_bound(x, keywords, 128, quantize_tile.ROTATION_BOUND)) == []
+    _, wanted = reference.adaln_quantize(x, AdaptiveNorm(**keywords), format="int8", hadamard=128)
+    np.testing.assert_allclose(statistics.sum_abs, wanted.sum_abs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("carrier", ["exact", "fp8"])
